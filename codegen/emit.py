@@ -1,0 +1,441 @@
+"""From a planned "infini" graph to C++: decides everything that the templates lay out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from codegen import calls, cpp
+from codegen.calls import CALLS, CallSpec
+from codegen.facts import ModelFacts
+from ir.errors import UnsupportedError
+from ir.graph import Graph, Node
+from ir.optable import with_defaults
+from ir.types import DTYPES, Dim, TensorType, dim_product
+from passes.plan import Place, Plan, contiguous_strides
+from passes.targets import Target
+
+MAX_PLANS = 64
+LINEAR_ROLES = ("attn_qkv", "attn_o", "ffn_gate_up", "ffn_down")
+INPUT_TYPES = {"i32": "int32_t", "i64": "int64_t"}
+
+
+@dataclass
+class PlanMember:
+    """An operator of a plan: how it is declared and created."""
+
+    kind: str
+    member: str
+    what: str
+    create: list[str]
+    condition: str = ""
+
+
+@dataclass
+class PlanStruct:
+    """A struct of operators that are created together, for one shape."""
+
+    name: str
+    params: str
+    locals: list[str] = field(default_factory=list)
+    ops: list[PlanMember] = field(default_factory=list)
+    keys: dict[tuple, str] = field(default_factory=dict)
+    specs: dict[str, CallSpec] = field(default_factory=dict)
+
+    def member(self, spec: CallSpec, hint: str, create: list[str], condition: str = "") -> str:
+        """The operator with these create arguments: one that is there already serves again."""
+        key = (spec.name, tuple(create), condition)
+        if key in self.keys:
+            return self.keys[key]
+        name, taken = cpp.identifier(hint), {op.member for op in self.ops} | {"build", "workspace_size"}
+        unique, n = name, 1
+        while unique in taken:
+            n += 1
+            unique = f"{name}_{n}"
+        self.ops.append(PlanMember(spec.name, unique, hint, create, condition))
+        self.keys[key] = unique
+        self.specs[spec.name] = spec
+        return unique
+
+
+class Emitter:
+    """One graph's C++."""
+
+    def __init__(self, graph: Graph, plan: Plan, facts: ModelFacts, target: Target) -> None:
+        self.graph, self.plan, self.facts, self.target = graph, plan, facts, target
+        self.paged = graph.meta["kv"] == "paged"
+        self.dtype = facts.dtype
+        self.elem = DTYPES[facts.dtype].bytes
+        if self.paged:
+            step = "const StepShape &shape, uint32_t pool_blocks, bool transposed"
+            local = ["const size_t T = shape.tokens, L = shape.rows, R = shape.requests, B = pool_blocks, M = shape.blocks, ND = shape.decodes, NP = R - ND;"]
+        else:
+            step, local = "const StepShape &shape, bool transposed", ["const size_t T = shape.tokens, L = shape.rows;"]
+        self.step = PlanStruct("StepPlan", step, local)
+        self.sample = PlanStruct("SamplePlan", "size_t vocabulary")
+        self.sample.member(calls.SAMPLE, "sample", ["TensorDesc(INFINI_DTYPE_I64, {})", "TensorDesc(DT, {vocabulary})"])
+        self.bodies: list[dict[str, Any]] = []
+        self.body_plans: list[PlanStruct] = []
+        self.weights: dict[str, str] = {}  # value in a loop's body -> expression of the weight
+
+    # --- spelling ---------------------------------------------------------------------------------------------------------------------------------
+
+    def dt(self, dtype: str) -> str:
+        return "DT" if dtype == self.dtype else f"INFINI_DTYPE_{DTYPES[dtype].infini}"
+
+    def desc(self, place: Place, type_: TensorType | None = None) -> str:
+        """A descriptor expression for a place."""
+        type_ = type_ or place.type
+        shape = ", ".join(cpp.dim(d) for d in type_.shape)
+        dense = all(s == want for s, want in zip(place.strides, contiguous_strides(type_.shape)))
+        role = place.buffer.split(".")[0]
+        if role in LINEAR_ROLES and not dense:
+            rows, cols = type_.shape[1], type_.shape[0]
+            return f"weightDesc({rows}, {cols}, transposed)"
+        if dense:
+            return f"TensorDesc({self.dt(type_.dtype)}, {{{shape}}})"
+        return f"TensorDesc({self.dt(type_.dtype)}, {{{shape}}}, {{{', '.join(cpp.stride(s) for s in place.strides)}}})"
+
+    def pointer(self, place: Place, value: str, scope: str) -> str:
+        """An expression for a place's address."""
+        buffer = self.plan.buffers.get(place.buffer)
+        kind = buffer.kind if buffer else "argument"
+        if kind == "scratch":
+            base = "s." + cpp.identifier(place.buffer.split(".", 1)[1] if scope in ("prefill", "decode") else place.buffer)
+        elif kind == "weight":
+            base = self.weights.get(value) or weight_expression(place.buffer)
+        elif kind == "table":
+            base = f"rsrc.{place.buffer}->data()"
+        elif kind == "cache":
+            side = "keys" if place.buffer.startswith("k_cache") else "values"
+            base = f"rsrc.kv.{side}({self.layer_of(place.buffer, scope)})"
+        elif kind == "input":
+            return f"in.{place.buffer}"
+        else:
+            base = {"k_cache": "keys", "v_cache": "values"}.get(place.buffer, place.buffer)
+        offset = cpp.terms(place.offset)
+        if not offset:
+            return base
+        return f"{base} + {offset} * ELEM" if len(place.offset) == 1 else f"{base} + ({offset}) * ELEM"
+
+    def layer_of(self, buffer: str, scope: str) -> str:
+        return "layer" if scope == "layer" else buffer.rsplit(".", 1)[-1]
+
+    # --- calls ------------------------------------------------------------------------------------------------------------------------------------
+
+    def call(self, node: Node, scope: str, struct: PlanStruct) -> list[dict[str, Any]]:
+        """A node as what the template prints for it: nothing for views."""
+        if node.op.startswith(("view.", "setup.")):
+            return []
+        if node.op == "infini.paged_attention_ragged":
+            return self.paged_attention(node, scope, struct)
+        if node.op in ("infini.copy_rows", "infini.copy_chosen_rows"):
+            return [self.copy_rows(node, scope)]
+        if node.op == "loop.requests":
+            return [self.requests(node, scope)]
+        spec = CALLS[node.op]
+        attrs = with_defaults(node.op, node.attrs)
+        places = [self.operand(node, o, scope) for o in spec.operands]
+        create = [self.desc(p) for p, _ in places] + [self.create_argument(a, attrs) for a in spec.create]
+        member = struct.member(spec, readable(node), create)
+        args = [self.pointer(p, v, scope) for p, v in places] + [self.call_argument(a, attrs) for a in spec.call]
+        return [self.described(node, scope, style="op", member=member, args=args)]
+
+    def operand(self, node: Node, which: str, scope: str) -> tuple[Place, str]:
+        places = self.plan.places[scope]
+        name = node.outputs[int(which[1:])].name if which[0] == "o" else node.inputs[int(which[1:])]
+        place = places[name]
+        if node.op == "infini.rearrange_into" and which == "o0":
+            # The destination is the slice that is written, not the whole cache.
+            axis, start = node.attrs["axis"], node.attrs["start"]
+            place = Place(place.buffer, place.offset + (place.strides[axis] * start,), place.strides, places[node.inputs[1]].type)
+        return place, name
+
+    def create_argument(self, name: str, attrs: Mapping[str, Any]) -> str:
+        if name == "epsilon":
+            return "EPSILON" if cpp.float_literal(attrs["epsilon"]) == cpp.float_literal(self.facts.epsilon) else cpp.float_literal(attrs["epsilon"])
+        if name == "algo":
+            return "INFINIOP_ROPE_ALGO_GPT_J" if attrs["interleaved"] else "INFINIOP_ROPE_ALGO_GPT_NEOX"
+        if name == "alibi":
+            return "infiniopTensorDescriptor_t{nullptr}"
+        return cpp.float_literal(attrs[name])
+
+    def call_argument(self, name: str, attrs: Mapping[str, Any]) -> str:
+        if name == "alpha":
+            factor = "" if attrs["alpha"] == 1.0 and attrs["scale"] else cpp.float_literal(attrs["alpha"])
+            return " * ".join(x for x in (factor, f"rsrc.meta.{attrs['scale']}" if attrs["scale"] else "") if x)
+        if name == "beta":
+            return "0.0f"
+        return "nullptr" if name == "alibi" else cpp.float_literal(attrs[name])
+
+    def described(self, node: Node, scope: str, **fields: Any) -> dict[str, Any]:
+        return dict(comment=self.comment(node, scope), origin=origin_text(node.origin), condition="", **fields)
+
+    def comment(self, node: Node, scope: str) -> str:
+        """``qkv [T, 100] = gemm(attn_norm_y [T, 40], attn_qkv.t [40, 100])``."""
+        places = self.plan.places[scope]
+        left = ", ".join(f"{readable(node, i)} {cpp.type_comment(v.type)}" for i, v in enumerate(node.outputs))
+        right = ", ".join(f"{n} {cpp.type_comment(places[n].type)}" for n in node.inputs if n)
+        return f"{left} = {node.op.split('.', 1)[1]}({right})"
+
+    def paged_attention(self, node: Node, scope: str, struct: PlanStruct) -> list[dict[str, Any]]:
+        q, out = self.plan.place(scope, node.inputs[0]), self.plan.place(scope, node.output)
+        k, v = (self.plan.place(scope, n) for n in node.inputs[1:3])
+        attrs = dict(node.attrs)
+        heads = q.type.shape[1:]
+
+        def rows(place: Place, count: str) -> str:
+            text = ", ".join([count, *map(str, heads)])
+            strides = ", ".join(cpp.stride(s) for s in place.strides)
+            return f"TensorDesc(DT, {{{text}}}, {{{strides}}})"
+
+        i32 = "INFINI_DTYPE_I32"
+        scale = [self.create_argument(a, attrs) for a in calls.PAGED_DECODE.create]
+        caches = [self.desc(k), self.desc(v)]
+        decode = [rows(out, "ND"), rows(q, "ND"), *caches, f"TensorDesc({i32}, {{ND, M}})", f"TensorDesc({i32}, {{ND}})", *scale]
+        prefill = [rows(out, "T - ND"), rows(q, "T - ND"), *caches]
+        prefill += [f"TensorDesc({i32}, {{NP, M}})", f"TensorDesc({i32}, {{NP}})", f"TensorDesc({i32}, {{NP + 1}})", *scale]
+        name = readable(node)
+        one = struct.member(calls.PAGED_DECODE, name + "_decode", decode, "ND != 0")
+        many = struct.member(calls.PAGED_PREFILL, name + "_prefill", prefill, "NP != 0")
+        base = [self.pointer(p, n, scope) for p, n in ((out, node.output), (q, node.inputs[0]), (k, node.inputs[1]), (v, node.inputs[2]))]
+        first = self.described(node, scope, style="op", member=one, args=[*base, "in.block_tables", "in.seq_lens", "nullptr"])
+        first.update(condition="shape.decodes != 0", comment=first["comment"] + ": requests of one token")
+        skip_out = f"{base[0]} + shape.decodes * {cpp.dim(out.strides[0])} * ELEM"
+        skip_q = f"{base[1]} + shape.decodes * {cpp.dim(q.strides[0])} * ELEM"
+        tables = "in.block_tables + size_t{shape.decodes} * shape.blocks"
+        args = [skip_out, skip_q, base[2], base[3], tables, "in.seq_lens + shape.decodes", "in.cu_lens", "nullptr"]
+        second = dict(comment=f"{name}: the other requests", origin="", style="op", member=many, args=args, condition="shape.decodes != shape.requests")
+        return [first, second]
+
+    def copy_rows(self, node: Node, scope: str) -> dict[str, Any]:
+        index, table = node.inputs if node.op == "infini.copy_rows" else node.inputs[::-1]
+        source, target = self.plan.place(scope, table), self.plan.place(scope, node.output)
+        width = dim_product(target.type.shape[1:])
+        return self.described(
+            node,
+            scope,
+            style="rows",
+            what=readable(node),
+            count=cpp.dim(target.type.shape[0]),
+            source=self.pointer(source, table, scope),
+            target=self.pointer(target, node.output, scope),
+            index=self.plan.place(scope, index).buffer,
+            row_bytes=f"({cpp.dim(width)} * ELEM)",
+        )
+
+    def requests(self, node: Node, scope: str) -> dict[str, Any]:
+        """The loop over requests, and the two functions that it calls."""
+        if not self.bodies:
+            for which, symbols in (("decode", ("total", "cap")), ("prefill", ("len", "total", "cap"))):
+                self.request_function(node.attrs[which], which, symbols)
+        fields: dict[str, Any] = {}
+        for key, name in (("q", node.inputs[0]), ("k", node.inputs[1]), ("v", node.inputs[2]), ("out", node.output)):
+            place = self.plan.place(scope, name)
+            fields[key] = self.pointer(place, name, scope)
+            fields[key + "_row"] = f"{cpp.dim(place.strides[0])} * ELEM"
+        layer = self.layer_of(self.plan.place(scope, node.inputs[3]).buffer, scope)
+        return self.described(node, scope, style="requests", layer=layer, **fields)
+
+    def request_function(self, body: Graph, which: str, symbols: tuple[str, ...]) -> None:
+        name = which.capitalize()
+        struct = PlanStruct(f"{name}Plan", ", ".join(f"size_t {s}" for s in symbols))
+        printed = [c for node in body.nodes for c in self.call(node, which, struct)]
+        used = " ".join(" ".join(op.create) for op in struct.ops)
+        struct.locals = [f"static_cast<void>({s});" for s in symbols if not re.search(rf"\b{s}\b", used)]
+        self.body_plans.append(struct)
+        spelled = " ".join(" ".join(c["args"]) for c in printed)
+        local = [f"const size_t {s} = request.{s};" for s in ("pos", "len", "total") if re.search(rf"\b{s}\b", spelled)]
+        if re.search(r"\bcap\b", spelled):
+            local.append("const size_t cap = request.cache->capacity;")
+        params = "const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out"
+        if not local:
+            local.append("static_cast<void>(request);")
+        if not re.search(r"\bs\.", spelled):
+            local.append("static_cast<void>(s);")
+        comment = "Attention of a request of one token." if which == "decode" else "Attention of a request of several tokens."
+        self.bodies.append(
+            dict(name=f"attend{name}", plan=struct.name, scratch=f"{name}Scratch", params=params, locals=local, calls=printed, comment=comment)
+        )
+
+    # --- the program ------------------------------------------------------------------------------------------------------------------------------
+
+    def program(self) -> list[dict[str, Any]]:
+        """The main graph as straight stretches and loops."""
+        parts: list[dict[str, Any]] = []
+        for node in self.graph.nodes:
+            if node.op == "loop.layers":
+                body = node.attrs["body"]
+                self.loop_weights(node)
+                parts.append(dict(loop=True, count=node.attrs["count"], calls=[c for n in body.nodes for c in self.call(n, body.name, self.step)]))
+                self.weights = {}
+            else:
+                if not parts or parts[-1]["loop"]:
+                    parts.append(dict(loop=False, calls=[]))
+                parts[-1]["calls"] += self.call(node, "main", self.step)
+        return parts
+
+    def loop_weights(self, loop: Node) -> None:
+        """How a loop's body finds the weight of its run."""
+        body, count, carried, per_layer = (loop.attrs[k] for k in ("body", "count", "carried", "per_layer"))
+        for i in range(per_layer):
+            names = loop.inputs[carried + i * count : carried + (i + 1) * count]
+            value = body.inputs[carried + i].name
+            if names[0] in self.graph.constants:
+                self.weights[value] = layer_expression(names)
+                for node in body.nodes:  # a view of a weight is at the weight's address
+                    if node.op.startswith("view.") and node.inputs[0] == value:
+                        self.weights[node.output] = self.weights[value]
+        for i, value in enumerate(body.inputs[carried + per_layer :]):
+            name = loop.inputs[carried + per_layer * count + i]
+            if name in self.graph.constants:
+                self.weights[value.name] = weight_expression(name)
+
+    def areas(self) -> list[dict[str, Any]]:
+        """The scratch structs: name, buffers with their address expressions, size."""
+        wanted = [("Scratch", "main", ("T", "L"))]
+        if not self.paged:
+            wanted += [("DecodeScratch", "decode", ("total",)), ("PrefillScratch", "prefill", ("len", "total"))]
+        return [self.area(name, scope, symbols) for name, scope, symbols in wanted]
+
+    def area(self, name: str, scope: str, symbols: tuple[str, ...]) -> dict[str, Any]:
+        groups = self.plan.groups.get(scope, {})
+        base, bases = [], {}
+        for unit, size in sorted(groups.items(), key=lambda kv: str(kv[0])):
+            bases[unit] = " + ".join(base)
+            base.append(_aligned(unit, size))
+        mine = [b for b in self.plan.buffers.values() if b.kind == "scratch" and (b.name.startswith(scope + ".") if scope != "main" else not _foreign(b.name, self.plan))]
+        buffers = []
+        for b in mine:
+            local = b.name if scope == "main" else b.name.split(".", 1)[1]
+            offset = " * ".join(x for x in ("" if b.offset == 0 else str(b.offset), cpp.dim(b.unit) if b.offset and b.unit != 1 else "") if x)
+            expression = " + ".join(x for x in ("base", bases[b.unit], offset) if x)
+            buffers.append(dict(name=cpp.identifier(local), expr=expression, type=f"{b.bytes} bytes per {b.unit}" if b.unit != 1 else f"{b.bytes} bytes"))
+        params = ", ".join(f"size_t {s}" for s in symbols)
+        spelled = " ".join(b["expr"] for b in buffers)
+        unused = [(s, "") for s in symbols if not re.search(rf"\b{s}\b", spelled)]
+        return dict(name=name, buffers=buffers, params=params, params_comma=", " + params, total=" + ".join(base) or "0", unused=unused)
+
+    def inputs(self) -> list[dict[str, str]]:
+        """The step's integer inputs, widest first so that each is aligned."""
+        sizes = {"T": "shape.tokens", "L": "shape.rows", "R": "shape.requests", "M": "shape.blocks", "R1": "(shape.requests + 1)"}
+        fields = []
+        for value in self.graph.inputs:
+            if value.type.dtype in INPUT_TYPES and value.name not in ("lens", "starts"):
+                count = " * ".join(["size_t{1}" if False else sizes[str(d)] for d in value.type.shape])
+                width = DTYPES[value.type.dtype].bytes
+                fields.append(dict(name=value.name, type=INPUT_TYPES[value.type.dtype], shape=cpp.type_comment(value.type), bytes=f"size_t{{{width}}} * {count}", width=width))
+        return sorted(fields, key=lambda f: -f["width"])
+
+    def context(self, generated: str, summary: str) -> dict[str, Any]:
+        """Everything that the templates print."""
+        program = self.program()
+        plans = [self.step, self.sample, *self.body_plans]
+        specs = {name: spec for plan in plans for name, spec in plan.specs.items()}
+        facts = self.facts
+        frequencies = [cpp.float_literal(f) for f in facts.inv_freq]
+        logits = self.plan.place("main", self.graph.outputs[0])
+        return dict(
+            generated=generated,
+            summary=summary,
+            outline=outline(program),
+            paged=self.paged,
+            host_memory=self.target.host_memory,
+            block=facts.block_size if self.paged else 0,
+            constants=constants(facts, self.target),
+            elem=self.elem,
+            inv_freq=[", ".join(frequencies[i : i + 8]) for i in range(0, len(frequencies), 8)],
+            scratch=self.areas(),
+            plans=plans,
+            ops=[dict(name=s.name, workspace=s.workspace) for s in sorted(specs.values(), key=lambda s: s.name)],
+            inputs=self.inputs(),
+            bodies=self.bodies,
+            program=program,
+            logits=self.pointer(logits, self.graph.outputs[0], "main"),
+            symbols=sorted({s for spec in specs.values() for s in calls.symbols(spec)}),
+        )
+
+
+def render(context: Mapping[str, Any]) -> dict[str, str]:
+    """The emitted files' texts by name."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    form = "paged" if context["paged"] else "contiguous"
+    context = {**context, "kv_inputs": environment.get_template(f"_inputs_{form}.j2").render(context)}
+    files = ("qwen3.cpp", "qwen3_impl.hpp", "qwen3_weight.hpp", "qwen3.py", "CMakeLists.txt")
+    return {name: environment.get_template(name + ".j2").render(context).rstrip("\n") + "\n" for name in files}
+
+
+def constants(facts: ModelFacts, target: Target) -> list[dict[str, str]]:
+    """The model's constants as the top of qwen3.cpp shows them."""
+    rows = [
+        ("infiniDevice_t", "DEVICE", f"static_cast<infiniDevice_t>({target.device})", target.name),
+        ("infiniDtype_t", "DT", f"INFINI_DTYPE_{DTYPES[facts.dtype].infini}", "of weights, activations, caches and logits"),
+        ("uint32_t", "NLAYER", str(facts.nlayer), "layers"),
+        ("uint32_t", "D", str(facts.d), "hidden size"),
+        ("uint32_t", "NH", str(facts.nh), "query heads"),
+        ("uint32_t", "NKVH", str(facts.nkvh), "key and value heads"),
+        ("uint32_t", "DH", str(facts.dh), "head size"),
+        ("uint32_t", "DI", str(facts.di), "intermediate size"),
+        ("uint32_t", "DCTX", str(facts.dctx), "largest context"),
+        ("uint32_t", "DVOC", str(facts.dvoc), "vocabulary"),
+        ("float", "EPSILON", cpp.float_literal(facts.epsilon), "of every RMS norm"),
+        ("float", "THETA", cpp.float_literal(facts.theta), "rotary base"),
+        ("float", "ATTENTION_FACTOR", cpp.float_literal(facts.attention_factor), "multiplies the rotary tables"),
+        ("uint32_t", "END_TOKEN", str(facts.end_token), ""),
+        ("size_t", "MAX_PLANS", str(MAX_PLANS), "shapes whose operators are kept"),
+    ]
+    return [dict(type=t, name=n, value=v, comment=c) for t, n, v, c in rows]
+
+
+def outline(program: list[dict[str, Any]]) -> list[str]:
+    """The comments of one layer's calls: the op sequence at a glance."""
+    loops = [p for p in program if p["loop"]]
+    return [c["comment"] for c in (loops or program)[0]["calls"]]
+
+
+def readable(node: Node, i: int = 0) -> str:
+    """A result's name for comments and members, without numbers that only keep names apart."""
+    return node.outputs[i].name
+
+
+def origin_text(origin: tuple[str, ...]) -> str:
+    """The ONNX nodes behind a call; the layers' own are written once."""
+    texts = dict.fromkeys(re.sub(r"\blayers\.\d+", "layers.*", o) for o in origin)
+    shown = list(texts)[:3]
+    return ", ".join(shown) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+def weight_expression(name: str) -> str:
+    """``attn_qkv.3`` -> ``rsrc.attn_qkv[3]->data()``."""
+    role, _, layer = name.partition(".")
+    return f"rsrc.{role}[{layer}]->data()" if layer else f"rsrc.{role}->data()"
+
+
+def layer_expression(names: tuple[str, ...]) -> str:
+    """The weight of run ``layer`` among these, which must follow a rule that reads well."""
+    count = len(names)
+    roles = [n.partition(".")[0] for n in names]
+    indices = [n.partition(".")[2] for n in names]
+    if indices == [str(i) for i in range(count)] and len(set(roles)) == 1:
+        return f"rsrc.{roles[0]}[layer]->data()"
+    if indices[:-1] == [str(i + 1) for i in range(count - 1)] and len(set(roles[:-1])) == 1:
+        last = weight_expression(names[-1]).removesuffix("->data()")
+        return f"(layer + 1 < {count} ? rsrc.{roles[0]}[layer + 1] : {last})->data()"
+    raise UnsupportedError(f"weights {', '.join(names[:3])}.. follow no rule that a loop over layers could use")
+
+
+def _foreign(name: str, plan: Plan) -> bool:
+    """Whether a scratch buffer belongs to a request's body."""
+    return any(name.startswith(scope + ".") for scope in ("prefill", "decode"))
+
+
+def _aligned(unit: Dim, size: int) -> str:
+    """The bytes of one group, rounded up to whole lines so that the next starts on one."""
+    amount = f"{size} * {cpp.dim(unit)}" if unit != 1 else str(size)
+    return amount if size % 64 == 0 else f"({amount} + 63) / 64 * 64"

@@ -1,0 +1,102 @@
+"""manifest.json: everything that the runtime must know of a build, the weights' recipes above all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codegen.facts import ModelFacts
+from ir.constants import Cast, Concat, ConstData, FileSlice, Inline, Slice, Transpose
+from ir.errors import GraphError
+from ir.graph import Graph
+from ir.types import DTYPES
+
+FORMAT = 1
+INFINI_DTYPE = {"f16": 12, "f32": 13, "bf16": 19}
+PER_LAYER = ("attn_norm", "attn_qkv", "attn_q_norm", "attn_k_norm", "attn_o", "ffn_norm", "ffn_gate_up", "ffn_down")
+OWN_FILE = "weights.safetensors"
+
+
+def recipe(data: ConstData, own: dict[str, np.ndarray], name: str) -> dict[str, Any]:
+    """A constant as JSON; what lies in no file of the checkpoint goes to ``own``, the build's own weights."""
+    if isinstance(data, FileSlice):
+        return dict(file=data.file, name=data.name, dtype=data.dtype, shape=list(data.shape), offset=data.offset)
+    if isinstance(data, Concat):
+        return dict(concat=[recipe(p, own, f"{name}.{i}") for i, p in enumerate(data.parts)], axis=data.axis)
+    if isinstance(data, Transpose):
+        return dict(transpose=recipe(data.part, own, name), perm=list(data.perm))
+    if isinstance(data, Cast):
+        return dict(cast=recipe(data.part, own, name), dtype=data.dtype)
+    if isinstance(data, Slice):
+        return dict(slice=recipe(data.part, own, name), axis=data.axis, start=data.start, stop=data.stop)
+    if isinstance(data, Inline):
+        own[name] = data.array
+        return dict(file=OWN_FILE, name=name, dtype=data.dtype, shape=list(data.shape), offset=None, build=True)
+    raise GraphError(f"weight {name}: no recipe for {type(data).__name__}")
+
+
+def weights(graph: Graph, facts: ModelFacts) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest's ``weights``, and the arrays that the build must carry itself."""
+    own: dict[str, np.ndarray] = {}
+    recipes = {name: recipe(c.data, own, name) for name, c in graph.constants.items() if name != "inv_freq"}
+    code = INFINI_DTYPE[facts.dtype]
+    table: dict[str, Any] = dict(dt_norm=code, dt_mat=code, transpose_linear_weights=0)
+    table["input_embd"] = recipes["input_embd"]
+    table["output_norm"] = recipes["output_norm"]
+    table["output_embd"] = recipes.get("output_embd", recipes["input_embd"])
+    for role in PER_LAYER:
+        table[role] = [recipes[f"{role}.{i}"] for i in range(facts.nlayer)]
+    table["attn_qkv_b"] = None
+    return table, own
+
+
+def meta(facts: ModelFacts) -> dict[str, Any]:
+    """The fields of Qwen3Meta, in order."""
+    sizes = {k: getattr(facts, k) for k in ("nlayer", "d", "nh", "nkvh", "dh", "di", "dctx", "dvoc")}
+    scales = {k: 1.0 for k in ("scale_input", "scale_output", "scale_o", "scale_down")}
+    single = {k: float(np.float32(getattr(facts, k))) for k in ("epsilon", "theta")}
+    return dict(dt_logits=INFINI_DTYPE[facts.dtype], **sizes, **single, end_token=facts.end_token, **scales)
+
+
+def fingerprint(folder: Path, table: Mapping[str, Any]) -> str:
+    """A digest of what the weight files say of themselves: names, shapes, offsets (their headers) and sizes."""
+    files = sorted(_files(table))
+    digest = hashlib.sha256()
+    for name in files:
+        path = folder / name
+        digest.update(name.encode())
+        if path.is_file():
+            with open(path, "rb") as f:
+                length = f.read(8)
+                digest.update(length + f.read(min(int.from_bytes(length, "little"), 1 << 27)))
+            digest.update(str(path.stat().st_size).encode())
+    return digest.hexdigest()
+
+
+def _files(node: Any) -> set[str]:
+    if isinstance(node, Mapping):
+        if "file" in node:
+            return set() if node.get("build") else {node["file"]}
+        return set().union(*(_files(v) for v in node.values()))
+    if isinstance(node, list):
+        return set().union(*(_files(v) for v in node)) if node else set()
+    return set()
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def dump(manifest: Mapping[str, Any]) -> str:
+    """One recipe per line: a file that diffs well."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    return text + "\n"
+
+
+def dtype_bytes(name: str) -> int:
+    return DTYPES[name].bytes

@@ -1,0 +1,219 @@
+"""Loading one InfiniCore into the process: the embedded one, or an installed one (INFINI_ROOT).
+
+An engine does not link InfiniCore; its symbols are resolved against the libraries loaded here. Two InfiniCores in one
+process would silently share the first one's symbols, so a second, different one is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import BuildError, ConfigError, InfiniCoreError, UnsupportedError
+from runtime.structs import STATUS_NAMES, DeviceType
+
+LIBRARIES = ("libinfinirt.so", "libinfiniop.so", "libinfiniccl.so")
+PROBE_SYMBOL = "infiniopCreateHandle"
+EMBEDDED_SYMBOL = "infinicpuIsa"
+
+# Declared by every InfiniCore, implemented for its CPU by none: a build made for the embedded library may use them.
+NOT_ON_A_REAL_CPU = (
+    "PagedCaching",
+    "PagedAttention",
+    "PagedAttentionPrefill",
+    "KVCaching",
+    "SiluAndMul",
+    "Softmax",
+    "FlashAttention",
+    "I8Gemm",
+    "PerChannelQuantI8",
+    "DequantizeAWQ",
+    "DequantizeGPTQ",
+)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """The InfiniCore that this process uses."""
+
+    root: Path
+    embedded: bool
+    handles: tuple[ctypes.CDLL, ...]
+
+    def has(self, symbol: str) -> bool:
+        return any(hasattr(handle, symbol) for handle in self.handles)
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = [
+        ("dli_fname", ctypes.c_char_p),
+        ("dli_fbase", ctypes.c_void_p),
+        ("dli_sname", ctypes.c_char_p),
+        ("dli_saddr", ctypes.c_void_p),
+    ]
+
+
+_lock = threading.Lock()
+_loaded: Provider | None = None
+
+
+def file_of_symbol(library: ctypes.CDLL, symbol: str) -> Path | None:
+    """The shared object that ``symbol``, looked up through ``library``, really lies in; None if there is none."""
+    try:
+        address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p)
+    except AttributeError:
+        return None
+    info = _DlInfo()
+    dladdr = ctypes.CDLL(None).dladdr
+    dladdr.argtypes, dladdr.restype = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)], ctypes.c_int
+    if not dladdr(address, ctypes.byref(info)) or not info.dli_fname:
+        return None
+    return Path(os.fsdecode(info.dli_fname)).resolve()
+
+
+def set_threads(threads: int | None) -> None:
+    """How many threads the embedded library uses; None leaves it alone. Not while a call is running."""
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 4096:
+        raise ConfigError(f"threads is {threads!r}, expected a whole number from 1 to 4096")
+    os.environ["INFINICPU_THREADS"] = str(threads)  # read when the library is loaded
+    if _loaded is not None and _loaded.embedded:
+        _call(_loaded, "infinicpuSetNumThreads", threads)
+
+
+def is_embedded() -> bool:
+    """Whether the InfiniCore that is loaded is the embedded one."""
+    return _loaded is not None and _loaded.embedded
+
+
+def set_noop(on: bool) -> None:
+    """Let every operator of the embedded library return at once, without computing: what is left is the host's own time."""
+    if _loaded is None or not _loaded.embedded:
+        raise UnsupportedError("only the embedded InfiniCore can leave its operators out")
+    _call(_loaded, "infinicpuSetNoop", int(on))
+
+
+def description() -> dict[str, Any]:
+    """Which InfiniCore this process uses: root, and for the embedded one its instruction set and threads."""
+    if _loaded is None:
+        return {}
+    found: dict[str, Any] = {"infinicore": "embedded" if _loaded.embedded else str(_loaded.root)}
+    if _loaded.embedded:
+        library, threads = _loaded.handles[1], ctypes.c_int()
+        library.infinicpuIsa.restype = ctypes.c_char_p
+        _call(_loaded, "infinicpuGetNumThreads", ctypes.byref(threads))
+        found.update(isa=library.infinicpuIsa().decode(), threads=threads.value)
+    return found
+
+
+def _call(provider: Provider, function: str, *arguments: Any) -> None:
+    for handle in provider.handles:
+        if hasattr(handle, function):
+            status = getattr(handle, function)(*arguments)
+            if status:
+                raise InfiniCoreError(function, status, STATUS_NAMES.get(status, ""))
+            return
+    raise UnsupportedError(f"the InfiniCore at {provider.root} has no {function}")
+
+
+def choose(manifest: dict[str, Any]) -> Path:
+    """The root folder of the InfiniCore for a build: INFINI_ROOT, else what the manifest says.
+
+    A build for a device other than the CPU needs an installed InfiniCore, unless it was made for the simulator.
+    """
+    target, device = manifest["target"], int(manifest["device"])
+    asked = manifest["infinicore"]
+    from_environment = os.environ.get("INFINI_ROOT")
+    if from_environment:
+        return _folder(Path(from_environment), "INFINI_ROOT")
+    if asked not in ("embedded", "any"):
+        return _folder(Path(asked), "the build's InfiniCore")
+    if device != DeviceType.DEVICE_TYPE_CPU and not manifest.get("simulate"):
+        raise UnsupportedError(
+            f"this build is for target {target}: set INFINI_ROOT to an InfiniCore built with {target}, "
+            "or build with --simulate"
+        )
+    from runtime import infinicpu  # compiles the embedded library on first use
+
+    return Path(infinicpu.build()).resolve()
+
+
+def _folder(root: Path, what: str) -> Path:
+    root = root.expanduser().resolve()
+    if not (root / "lib" / "libinfiniop.so").is_file():
+        raise BuildError(f"{what} is {root}: expected an InfiniCore there, found no lib/libinfiniop.so")
+    return root
+
+
+def load(manifest: dict[str, Any]) -> Provider:
+    """Load the InfiniCore that a build needs, and check that it has every op that the build calls.
+
+    Raises BuildError (not there, not loadable, a second one in this process) or UnsupportedError (an op is missing).
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None or os.environ.get("INFINI_ROOT") or manifest["infinicore"] != "any":
+            root = choose(manifest)
+            if _loaded is None:
+                _loaded = _open(root, manifest["ops"])
+            elif root != _loaded.root:
+                raise BuildError(_second(_loaded.root, root))
+        provider = _loaded
+    check_ops(provider, manifest)
+    return provider
+
+
+def check_ops(provider: Provider, manifest: dict[str, Any]) -> None:
+    """UnsupportedError naming the first op that the build calls and this InfiniCore has not."""
+    for symbol in manifest["ops"]:
+        real_cpu = manifest["record"] == "embedded" and not provider.embedded
+        if not provider.has(symbol) or (real_cpu and _base_name(symbol) in NOT_ON_A_REAL_CPU):
+            raise UnsupportedError(
+                f"the InfiniCore at {provider.root} has no {symbol}, which this build (record {manifest['record']}) "
+                "calls: rebuild with --infinicore DIR for that InfiniCore"
+            )
+
+
+def _base_name(symbol: str) -> str:
+    """``PagedCaching`` of infiniopCreatePagedCachingDescriptor, infiniopPagedCaching, ..."""
+    name = symbol.removeprefix("infiniop")
+    for prefix, suffix in (("Create", "Descriptor"), ("Destroy", "Descriptor"), ("Get", "WorkspaceSize")):
+        if name.startswith(prefix) and name.endswith(suffix):
+            return name[len(prefix) : -len(suffix)]
+    return name
+
+
+def _open(root: Path, ops: Iterable[str]) -> Provider:
+    already = file_of_symbol(ctypes.CDLL(None), PROBE_SYMBOL)
+    if already is not None and already != (root / "lib" / "libinfiniop.so").resolve():
+        raise BuildError(_second(already, root))
+    handles = []
+    for name in LIBRARIES:
+        path = root / "lib" / name
+        if name == "libinfiniccl.so" and not path.is_file() and not any(op.startswith("infiniccl") for op in ops):
+            continue  # collectives are an optional part of an installation
+        try:
+            handles.append(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL | os.RTLD_NOW))
+        except OSError as error:
+            raise BuildError(f"{path} cannot be loaded: {error}") from None
+    provider = Provider(root, hasattr(handles[1], EMBEDDED_SYMBOL), tuple(handles))
+    actual = file_of_symbol(handles[1], PROBE_SYMBOL)
+    if actual is None:
+        raise BuildError(f"{root}/lib/libinfiniop.so has no {PROBE_SYMBOL}: expected an InfiniCore")
+    if actual.parent != (root / "lib" / "libinfiniop.so").resolve().parent:
+        raise BuildError(_second(actual, root))
+    if provider.has("infinirtInit"):
+        status = handles[0].infinirtInit()
+        if status:
+            raise InfiniCoreError("infinirtInit", status, STATUS_NAMES.get(status, ""))
+    return provider
+
+
+def _second(first: Path, second: Path) -> str:
+    return f"this process already uses the InfiniCore at {first}: {second} needs a process of its own"

@@ -1,0 +1,158 @@
+"""The embedded InfiniCore: our own implementation of the InfiniCore C ABI for the CPU, and how it is built.
+
+``build()`` compiles it once per set of sources, compiler and flags, keeps the result in the user's cache, and returns a
+folder laid out like an InfiniCore installation: ``include/`` and ``lib/lib{infinirt,infiniop,infiniccl}.so``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ir.errors import BuildError
+
+SOURCE_DIR = Path(__file__).resolve().parent
+LIBRARIES = ("infinirt", "infiniop", "infiniccl")
+SANITIZERS = ("", "address,undefined", "thread")
+# A file in the finished folder that says from what it was built.
+STAMP = ".infinicpu-build"
+# "[3/23] Building ...", as ninja reports it.
+NINJA_PROGRESS = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def cache_root() -> Path:
+    """Folder of everything that is built on first use: ``$QWEN3_CACHE``, else ``~/.cache/qwen3-infinicore``."""
+    configured = os.environ.get("QWEN3_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "qwen3-infinicore"
+
+
+def build(out_dir: Path | None = None, sanitize: str = "") -> Path:
+    """Build the embedded InfiniCore, or find the one that was built before.
+
+    Args:
+        out_dir: where the result shall be; replaced if it holds another build. Default: a folder in the user's cache.
+        sanitize: "", "address,undefined" or "thread".
+
+    Returns:
+        The folder with ``include/`` and ``lib/``, usable as ``INFINI_ROOT``.
+
+    Raises:
+        BuildError: no compiler or cmake, a folder that cannot be written, or a compiler error.
+    """
+    if sanitize not in SANITIZERS:
+        raise BuildError(f"sanitize must be one of {', '.join(map(repr, SANITIZERS))}, not {sanitize!r}")
+    compiler = _find_compiler()
+    key = _build_key(compiler, sanitize)
+    target = Path(out_dir).absolute() if out_dir is not None else cache_root() / f"infinicpu-{key[:16]}"
+    if _is_current(target, key):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.parent / f".{target.name}.lock"):
+            if not _is_current(target, key):  # another process may have built it meanwhile
+                _build_into(target, key, compiler, sanitize)
+    except OSError as error:
+        raise BuildError(f"cannot build the embedded InfiniCore in {target}: {error.strerror or error}") from error
+    return target
+
+
+def _is_current(target: Path, key: str) -> bool:
+    try:
+        return (target / STAMP).read_text() == key
+    except OSError:
+        return False
+
+
+def _build_into(target: Path, key: str, compiler: str, sanitize: str) -> None:
+    """Configure, compile and install in a temporary folder beside the target, then move the result into place."""
+    cmake, ninja = _find_tool("cmake"), _find_tool("ninja")
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tree, root = work / "build", work / "root"
+        _run(
+            [
+                *(cmake, "-S", str(SOURCE_DIR), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+                *(f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_INSTALL_LIBDIR=lib", f"-DINFINICPU_SANITIZE={sanitize}"),
+            ]
+        )
+        _run([cmake, "--build", str(tree)], progress="building the embedded InfiniCore")
+        _run([cmake, "--install", str(tree), "--prefix", str(root)])
+        (root / STAMP).write_text(key)
+        if target.exists():
+            os.rename(target, work / "old")
+        os.rename(root, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _run(command: list[str], progress: str = "") -> None:
+    """Run a build step; its first error line becomes the BuildError. With `progress`, a terminal sees how far it is."""
+    show = bool(progress) and sys.stderr.isatty()
+    output: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            match = NINJA_PROGRESS.match(line)
+            if show and match:
+                print(f"\r{progress} [{match[1]}/{match[2]}]", end="", file=sys.stderr, flush=True)
+    if show:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if process.returncode != 0:
+        errors = [line.strip() for line in output if "error" in line.lower()] or [line.strip() for line in output[-1:]]
+        reason = errors[0] if errors else f"exit status {process.returncode}"
+        raise BuildError(f"building the embedded InfiniCore failed in {Path(command[0]).name}: {reason}")
+
+
+def _find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    raise BuildError("no C++ compiler found (looked for $CXX, g++, c++, clang++): install g++")
+
+
+def _find_tool(name: str) -> str:
+    """A build tool: the pip package's of this interpreter first, then the one on the path."""
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if path is None:
+        raise BuildError(f"{name} not found: install it with `pip install {name}`")
+    return path
+
+
+def _build_key(compiler: str, sanitize: str) -> str:
+    """A hash of everything that the result depends on."""
+    digest = hashlib.sha256()
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{compiler} --version failed: is it a compiler?") from error
+    flags = os.environ.get("CXXFLAGS", "") + os.environ.get("LDFLAGS", "")
+    for text in (compiler, version, platform.machine(), sanitize, flags):
+        digest.update(text.encode() + b"\0")
+    sources = [SOURCE_DIR / "CMakeLists.txt", *SOURCE_DIR.glob("src/**/*"), *SOURCE_DIR.glob("include/**/*")]
+    for path in sorted(p for p in sources if p.is_file()):
+        digest.update(str(path.relative_to(SOURCE_DIR)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the kernel releases it even if the process dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+__all__ = ["build", "cache_root", "LIBRARIES"]

@@ -1,0 +1,133 @@
+#ifndef INFINICPU_KERNELS_KERNELS_H_
+#define INFINICPU_KERNELS_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+// The kernels: serial functions on plain pointers, compiled once per instruction set and chosen when the library is
+// loaded. Who runs which part on which thread is decided by the operators (op/), never here.
+
+namespace infinicpu {
+
+// Storage types. Arithmetic is always f32.
+struct F16 {
+    uint16_t bits;
+};
+struct BF16 {
+    uint16_t bits;
+};
+
+// Part of C = alpha * A * B + beta * C: rows [m0, m1), columns [n0, n1).
+struct GemmBlock {
+    const void *a;    // element (m, k) at m * a_row + k * a_col
+    const void *b;    // element (k, n) at k * b_row + n * b_col
+    void *c;          // element (m, n) at m * c_row + n * c_col
+    ptrdiff_t a_row, a_col;
+    ptrdiff_t b_row, b_col;
+    ptrdiff_t c_row, c_col;
+    size_t m0, m1;
+    size_t n0, n1;
+    size_t k;
+    float alpha, beta;
+};
+
+struct NormRow {
+    void *y;
+    void *residual; // add_rms_norm only
+    const void *a;  // x of rms_norm
+    const void *b;  // add_rms_norm only
+    const void *weight;
+    size_t dim;
+    float epsilon;
+};
+
+// One head's dim elements; the tables' rows are those of its position.
+struct RopeRow {
+    void *y;
+    const void *x;
+    const void *sin_row;
+    const void *cos_row;
+    size_t half;
+};
+
+// One row: softmax over x[0 .. visible), zeros for [visible, total).
+struct SoftmaxRow {
+    void *y;
+    const void *x;
+    ptrdiff_t y_stride, x_stride;
+    size_t visible, total;
+};
+
+// Queries that share one kv head: `tokens` consecutive tokens times `group` heads.
+// Token t sees the kv positions [kv_begin, min(kv_end, first_visible + t)).
+struct AttentionTask {
+    const void *q; // token t, head g: q + t * q_token + g * q_head
+    ptrdiff_t q_token, q_head;
+    void *out;
+    ptrdiff_t out_token, out_head;
+    size_t tokens, group, dim, value_dim;
+
+    const void *k; // block i, row r: k + i * k_block + r * k_row (this kv head's offset is in k already)
+    const void *v;
+    ptrdiff_t k_block, k_row, v_block, v_row;
+    const void *block_table; // this sequence's; NULL: block i is i
+    int block_table_dtype;   // infiniDtype_t
+    size_t block_size;
+
+    size_t kv_begin, kv_end, first_visible;
+    float scale;
+    const float *alibi_slopes; // of this group, or NULL
+
+    // NULL: out gets the result. Else each (token, head) row gets value_dim weighted sums, then their maximum score and
+    // the sum of weights, to be merged with other parts of the kv range by attention_merge.
+    float *partial;
+
+    void *scratch; // attentionScratchBytes(...)
+};
+
+constexpr size_t ATTENTION_KV_TILE = 64;
+constexpr size_t ATTENTION_MAX_ROWS = 32; // upper limit of tokens * group, unless tokens == 1
+
+constexpr size_t attentionScratchBytes(size_t rows, size_t dim, size_t value_dim) {
+    // q and the sums in f32, scores, maxima and sums of the rows, a converted tile of k or v; 64-byte aligned parts
+    return sizeof(float) * (rows * (dim + 16) + rows * (value_dim + 16) + rows * ATTENTION_KV_TILE + 2 * (rows + 16)
+                            + ATTENTION_KV_TILE * ((dim > value_dim ? dim : value_dim) + 16))
+         + 512;
+}
+
+struct Kernels {
+    const char *name;
+
+    // [dtype]: f32, f16, bf16 (FloatIndex), of b and c. The layouts are described in gemm_kernels.h.
+    void (*gemm_dot[3])(const GemmBlock &);
+    void (*gemm_outer[3])(const GemmBlock &);
+    // Whether gemm_dot of this dtype takes a in the dtype itself (true) or in f32 (false). gemm_outer: always f32.
+    bool gemm_dot_native[3];
+    // As gemm_dot with a and b in f32, c in the dtype: the same sums, for a b that was converted because many rows use it.
+    void (*gemm_dot_converted[3])(const GemmBlock &);
+
+    void (*rms_norm[3][3])(const NormRow &);     // [activation][weight]
+    void (*add_rms_norm[3][3])(const NormRow &); // [activation][weight]
+    void (*rope[3][2])(const RopeRow &);         // [dtype][infiniopRoPEAlgo_t]
+    void (*softmax[3])(const SoftmaxRow &);
+
+    // Contiguous runs of n elements.
+    void (*add[3])(size_t n, void *c, const void *a, const void *b);
+    void (*mul[3])(size_t n, void *c, const void *a, const void *b);
+    void (*silu[3])(size_t n, void *c, const void *a);
+    void (*swiglu[3])(size_t n, void *c, const void *a, const void *b);
+    void (*to_f32[3])(size_t n, float *out, const void *in);
+
+    void (*attention[3])(const AttentionTask &);
+    // Merges `parts` partial results of one row, `stride` floats apart, into out.
+    void (*attention_merge[3])(size_t parts, const float *partial, size_t stride, size_t value_dim, void *out);
+
+    // weights[i] = exp((logits[i] - max) * inverse_temperature), and their sum. NaN counts as 0.
+    double (*softmax_weights)(size_t n, float *weights, const float *logits, float max, float inverse_temperature);
+};
+
+const Kernels &kernels();
+
+} // namespace infinicpu
+
+#endif // INFINICPU_KERNELS_KERNELS_H_

@@ -1,0 +1,171 @@
+#include "../kernels/kernels.h"
+#include "launch.h"
+
+#include <infiniop/ops/random_sample.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+using namespace infinicpu;
+
+namespace {
+
+// Candidates are sorted in pieces of growing size until the drawn one is among them: mostly the first few.
+constexpr size_t FIRST_PIECE = 64;
+
+struct RandomSampleDescriptor final : InfiniopDescriptor {
+    static constexpr const char *KIND = "random_sample";
+    infiniDtype_t index_dtype, dtype;
+    size_t n;
+};
+
+uint64_t largestIndex(infiniDtype_t dtype) {
+    switch (dtype) {
+    case INFINI_DTYPE_I8:
+        return std::numeric_limits<int8_t>::max();
+    case INFINI_DTYPE_U8:
+        return std::numeric_limits<uint8_t>::max();
+    case INFINI_DTYPE_I16:
+        return std::numeric_limits<int16_t>::max();
+    case INFINI_DTYPE_U16:
+        return std::numeric_limits<uint16_t>::max();
+    default:
+        return std::numeric_limits<int32_t>::max(); // indices are kept in 32 bits in between
+    }
+}
+
+void writeIndex(void *result, infiniDtype_t dtype, uint32_t index) {
+    // Integers of any width are little endian here, and the index is not negative.
+    const uint64_t wide = index;
+    std::memcpy(result, &wide, sizeOf(dtype));
+}
+
+// The first of the largest; a NaN at the front wins, elsewhere it loses, as a loop with `>` has it.
+template <class T>
+uint32_t argmax(const T *values, size_t n) {
+    uint32_t best = 0;
+    for (size_t i = 1; i < n; ++i) {
+        if (values[i] > values[best]) {
+            best = uint32_t(i);
+        }
+    }
+    return best;
+}
+
+// The selection rule, see the header: weights (not normalised) with their total, `order` is scratch for n indices.
+template <class W>
+uint32_t draw(const W *weights, double total, uint32_t *order, size_t n, float random_val, float topp, int topk) {
+    const size_t limit = topk < 0 || size_t(topk) > n ? n : size_t(topk);
+    for (size_t i = 0; i < n; ++i) {
+        order[i] = uint32_t(i);
+    }
+    const auto before = [weights](uint32_t x, uint32_t y) { return weights[x] != weights[y] ? weights[x] > weights[y] : x < y; };
+    size_t sorted = 0;
+    const auto sortUpTo = [&](size_t count) {
+        if (count < n) {
+            std::nth_element(order + sorted, order + count, order + n, before);
+        }
+        std::sort(order + sorted, order + count, before);
+        sorted = count;
+    };
+    double top_k_sum = total;
+    if (limit < n) {
+        sortUpTo(limit);
+        top_k_sum = 0.0;
+        for (size_t i = 0; i < limit; ++i) {
+            top_k_sum += double(weights[order[i]]);
+        }
+    }
+    const double threshold = double(random_val) * std::min(top_k_sum, double(topp) * total);
+    double sum = 0.0;
+    uint32_t chosen = 0;
+    for (size_t i = 0; i < n; ++i) {
+        if (i == sorted) {
+            sortUpTo(std::min(n, std::max(FIRST_PIECE, 4 * sorted)));
+        }
+        sum += double(weights[order[i]]);
+        chosen = order[i];
+        if (sum >= threshold || i + 1 == limit) {
+            break; // the second condition: rounding must not push the draw beyond the allowed ones
+        }
+    }
+    return chosen;
+}
+
+infiniStatus_t sample(const RandomSampleDescriptor &d, char *workspace, void *result, const void *logits, float random_val, float topp, int topk, float temperature) {
+    const bool greedy = random_val == 0.0f || topp == 0.0f || topk == 1 || temperature == 0.0f;
+    if (!greedy) {
+        // Written so that NaN fails too.
+        INFINICPU_REQUIRE(random_val > 0.0f && random_val <= 1.0f && topp > 0.0f && temperature > 0.0f && topk != 0, INFINI_STATUS_BAD_PARAM);
+    }
+    if (d.dtype == INFINI_DTYPE_F64) {
+        const double *values = static_cast<const double *>(logits);
+        uint32_t chosen = argmax(values, d.n);
+        if (!greedy) {
+            double *weights = reinterpret_cast<double *>(workspace);
+            const double max = *std::max_element(values, values + d.n);
+            double total = 0.0;
+            for (size_t i = 0; i < d.n; ++i) {
+                const double weight = std::exp((values[i] - max) / double(temperature));
+                weights[i] = std::isnan(weight) ? 0.0 : weight;
+                total += weights[i];
+            }
+            if (total > 0.0) {
+                chosen = draw(weights, total, reinterpret_cast<uint32_t *>(workspace + d.n * sizeof(double)), d.n, random_val, topp, topk);
+            }
+        }
+        writeIndex(result, d.index_dtype, chosen);
+        return INFINI_STATUS_SUCCESS;
+    }
+    const float *values = static_cast<const float *>(logits);
+    float *weights = reinterpret_cast<float *>(workspace);
+    if (d.dtype != INFINI_DTYPE_F32) {
+        kernels().to_f32[floatIndex(d.dtype)](d.n, weights, logits);
+        values = weights;
+    }
+    uint32_t chosen = argmax(values, d.n);
+    if (!greedy) {
+        float max = -std::numeric_limits<float>::infinity();
+        for (size_t i = 0; i < d.n; ++i) {
+            max = values[i] > max ? values[i] : max;
+        }
+        const double total = kernels().softmax_weights(d.n, weights, values, max, 1.0f / temperature);
+        // No finite maximum leaves no weights: the argmax stands.
+        if (total > 0.0) {
+            chosen = draw(weights, total, reinterpret_cast<uint32_t *>(workspace + d.n * sizeof(float)), d.n, random_val, topp, topk);
+        }
+    }
+    writeIndex(result, d.index_dtype, chosen);
+    return INFINI_STATUS_SUCCESS;
+}
+
+} // namespace
+
+infiniStatus_t infiniopCreateRandomSampleDescriptor(infiniopHandle_t handle, infiniopRandomSampleDescriptor_t *desc_ptr, infiniopTensorDescriptor_t result, infiniopTensorDescriptor_t probs) {
+    return createOperator<RandomSampleDescriptor>(handle, desc_ptr, {result, probs}, [&](RandomSampleDescriptor &d) {
+        d.index_dtype = result->dtype;
+        d.dtype = probs->dtype;
+        INFINICPU_REQUIRE(isAnyInteger(d.index_dtype), INFINI_STATUS_BAD_TENSOR_DTYPE);
+        INFINICPU_REQUIRE(isOneOf(d.dtype, {INFINI_DTYPE_F16, INFINI_DTYPE_BF16, INFINI_DTYPE_F32, INFINI_DTYPE_F64}), INFINI_STATUS_BAD_TENSOR_DTYPE);
+        INFINICPU_REQUIRE(result->ndim() == 0 && probs->ndim() == 1, INFINI_STATUS_BAD_TENSOR_SHAPE);
+        INFINICPU_REQUIRE(probs->stride(0) == 1, INFINI_STATUS_BAD_TENSOR_STRIDES);
+        d.n = probs->dim(0);
+        INFINICPU_REQUIRE(d.n >= 1, INFINI_STATUS_BAD_TENSOR_SHAPE);
+        // InfiniCore would wrap the index around.
+        INFINICPU_REQUIRE(d.n - 1 <= largestIndex(d.index_dtype), INFINI_STATUS_BAD_TENSOR_DTYPE);
+        d.workspace_size = d.n * ((d.dtype == INFINI_DTYPE_F64 ? sizeof(double) : sizeof(float)) + sizeof(uint32_t));
+        return INFINI_STATUS_SUCCESS;
+    });
+}
+
+INFINICPU_DEFINE_WORKSPACE_SIZE(RandomSample)
+
+infiniStatus_t infiniopRandomSample(infiniopRandomSampleDescriptor_t desc, void *workspace, size_t workspace_size, void *result, const void *probs, float random_val, float topp, int topk, float temperature, void *) {
+    return launch<RandomSampleDescriptor>(desc, workspace, workspace_size, {result, probs}, [=](const RandomSampleDescriptor &d) {
+        return sample(d, static_cast<char *>(workspace), result, probs, random_val, topp, topk, temperature);
+    });
+}
+
+INFINICPU_DEFINE_DESTROY(RandomSample)
