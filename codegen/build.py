@@ -21,8 +21,9 @@ from codegen.toolchain import LIBRARY, compile_engine, compiler
 from frontend.checkpoint import Checkpoint, check_weights
 from frontend.config import load_config
 from frontend.export import export
+from frontend.onnx_file import find_weights_folder
 from frontend.onnx_import import import_onnx
-from ir.errors import BuildError, CheckpointError, ConfigError, UnsupportedError
+from ir.errors import BuildError, CheckpointError, ConfigError, GraphError, UnsupportedError
 from ir.graph import Graph
 from ir.types import DTYPES
 from passes.targets import TARGETS, select
@@ -59,11 +60,11 @@ def from_checkpoint(model: Path, *, config_only: bool) -> Source:
 
 def from_onnx(file: Path) -> Source:
     """Import an ONNX file; facts about its use come from its metadata or the config.json beside the weights."""
-    graph = import_onnx(file)
+    if not file.is_file():
+        raise GraphError(f"{file}: no such ONNX file; write it with python -m frontend.export, or give --onnx or --model")
+    folder = find_weights_folder(file)
+    graph = import_onnx(file, folder)
     properties = dict(graph.meta.get("metadata_props", {}))
-    folder = file.parent
-    if properties.get("checkpoint"):
-        folder = (file.parent / properties["checkpoint"]).resolve()
     if (folder / "config.json").is_file():
         config = load_config(folder)
         return Source(graph, "onnx", file, folder, config.dtype, config.max_position_embeddings, tuple(config.eos_token_ids))

@@ -327,7 +327,7 @@ class Emitter:
         fields = []
         for value in self.graph.inputs:
             if value.type.dtype in INPUT_TYPES and value.name not in ("lens", "starts"):
-                count = " * ".join(["size_t{1}" if False else sizes[str(d)] for d in value.type.shape])
+                count = " * ".join(sizes[str(d)] for d in value.type.shape)
                 width = DTYPES[value.type.dtype].bytes
                 fields.append(dict(name=value.name, type=INPUT_TYPES[value.type.dtype], shape=cpp.type_comment(value.type), bytes=f"size_t{{{width}}} * {count}", width=width))
         return sorted(fields, key=lambda f: -f["width"])

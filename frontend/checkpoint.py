@@ -1,7 +1,7 @@
-"""A checkpoint's weights, lazily: only the safetensors headers are read, so that a graph can point at the bytes where they lie.
+"""A checkpoint's weights, lazily: only the safetensors headers are read, so that a graph can point at the bytes.
 
-The safetensors library does not tell a tensor's absolute offset, which ONNX external data needs; the header (8 bytes of length, then JSON) is therefore
-parsed here, with the library's own rules: no overlap, no hole, no byte left over.
+The safetensors library does not tell a tensor's absolute offset, which ONNX external data needs; the header (8 bytes of
+length, then JSON) is therefore parsed here, with the library's own rules: no overlap, no hole, no byte left over.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: ``nbytes`` at absolute ``offset`` of ``file`` (a bare name). ``dtype`` is the IR's name (``"bf16"``) where it has one."""
+    """Where one tensor lies: ``nbytes`` at absolute ``offset`` of ``file`` (a bare name).
+
+    ``dtype`` is the IR's name (``"bf16"``) where it has one, else as stored.
+    """
 
     file: str
     dtype: str
@@ -126,7 +129,8 @@ def _entry(path: Path, name: str, item: Any, start: int) -> TensorEntry:
         dtype, width = stored, _OTHER_SIZES.get(stored, 0)
     if end < begin or (width and end - begin != math.prod(shape) * width):
         raise CheckpointError(
-            f"{path}: tensor {name} ({dtype}{shape}) has data_offsets [{begin}, {end}], expected {math.prod(shape) * width} bytes between them"
+            f"{path}: tensor {name} ({dtype}{shape}) has data_offsets [{begin}, {end}], "
+            f"expected {math.prod(shape) * width} bytes between them"
         )
     return TensorEntry(path.name, dtype, tuple(shape), start + begin, end - begin)
 

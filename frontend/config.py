@@ -1,7 +1,8 @@
 """A Qwen3 model's configuration, read from config.json and validated field by field.
 
-Nothing here has a silent default that changes the arithmetic: a size, ``rope_theta``, ``rms_norm_eps`` or ``tie_word_embeddings`` that is absent is
-an error, and so is every field that asks for something this compiler does not do.
+Nothing here has a silent default that changes the arithmetic: a size, ``rope_theta``, ``rms_norm_eps`` or
+``tie_word_embeddings`` that is absent is an error, and so is every field that asks for something this compiler does not
+do.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Qwen3Config:
     pad_token_id: int | None = None
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight of the checkpoint with its shape (linear weights are [out, in]), in the order in which they are used."""
+        """Every weight of the checkpoint with its shape (linear weights are [out, in]), in the order of their use."""
         hidden, inner, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         layer = {
@@ -99,7 +100,8 @@ def load_config(model_dir: str | Path) -> Qwen3Config:
     folder = Path(model_dir)
     if not folder.is_dir():
         raise ConfigError(
-            f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}, expected a Hugging Face model directory"
+            f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}, "
+            "expected a Hugging Face model directory"
         )
     fields = _Fields(folder / "config.json", read_json(folder / "config.json"))
     _refuse_unsupported(fields)

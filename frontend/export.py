@@ -109,14 +109,14 @@ def check(path: str | Path, model: ModelProto, folder: str | Path, *, config_onl
         if bad
         else []
     )
-    logits, _ = Reference(path, folder).logits([0])
+    logits, _ = Reference(path, folder, fold_weights=False).logits([0])
     if not bad and not np.isfinite(logits).all():
         raise GraphError(f"{path}: onnxruntime's logits are not finite")
     return warnings
 
 
 def without_external_data(model: ModelProto) -> ModelProto:
-    """A copy whose external initializers are graph inputs of the same type: what a tool needs that wants types but no values."""
+    """A copy whose external initializers are graph inputs of the same type, for tools that need no values."""
     copy = ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
@@ -176,8 +176,9 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(summary))
     else:
         print(
-            f"{summary['file']}: {summary['bytes'] / 1e6:.2f} MB, opset {args.opset}, {summary['layers']} layers, {summary['nodes']} nodes, "
-            f"{summary['parameters'] / 1e6:,.2f} M parameters{', checked' if args.check else ''}, {summary['seconds']} s"
+            f"{summary['file']}: {summary['bytes'] / 1e6:.2f} MB, opset {args.opset}, {summary['layers']} layers, "
+            f"{summary['nodes']} nodes, {summary['parameters'] / 1e6:,.2f} M parameters, "
+            f"{'checked, ' if args.check else ''}{summary['seconds']} s"
         )
     return 0
 

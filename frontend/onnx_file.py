@@ -91,7 +91,8 @@ def external_place(tensor: TensorProto) -> External:
     parts = PurePosixPath(location).parts
     if not location or location.startswith("/") or ".." in parts:
         raise GraphError(
-            f"initializer {tensor.name}: external data location {location!r}, expected a file name inside the model's folder"
+            f"initializer {tensor.name}: external data location {location!r}, "
+            "expected a file name inside the model's folder"
         )
     numbers: list[int | None] = []
     for key in ("offset", "length"):
@@ -118,7 +119,8 @@ class Places:
 
         Raises:
             GraphError: the place is malformed, or its length is not that of the initializer's type.
-            CheckpointError: the file is missing or too short, or the checkpoint lacks the tensor, or has it with another dtype or shape.
+            CheckpointError: the file is missing or too short, or the checkpoint lacks the tensor, or has it with
+                another dtype or shape.
         """
         place = external_place(tensor)
         if place.unplaced:
@@ -131,7 +133,8 @@ class Places:
         offset, size = place.offset or 0, self._size(place.location, tensor.name)
         if offset + nbytes > size:
             raise CheckpointError(
-                f"{self.folder / place.location}: has {size} bytes, but weight {tensor.name} ends at {offset + nbytes}; is it truncated?"
+                f"{self.folder / place.location}: has {size} bytes, "
+                f"but weight {tensor.name} ends at {offset + nbytes}; is it truncated?"
             )
         return External(place.location, offset, nbytes)
 
@@ -157,9 +160,10 @@ class Places:
 
 
 def find_weights_folder(path: str | Path, model: ModelProto | None = None, given: str | Path | None = None) -> Path:
-    """The folder that a file's external data lie in: the given one, else the file's own, else the one that our exporter noted.
+    """Where a file's external data lie: in the given folder, else in its own, else in the one that our exporter noted.
 
-    A model without external data, or exported from a configuration alone, gets the file's own folder (or the given one).
+    A model without external data, or exported from a configuration alone, gets the file's own folder, or the
+    given one.
 
     Raises:
         CheckpointError: a data file is in none of them; names it.
@@ -175,5 +179,6 @@ def find_weights_folder(path: str | Path, model: ModelProto | None = None, given
     # Say what is missing in the place where the weights were last known to be.
     absent = [f for f in files if not (places[-1] / f).is_file()]
     raise CheckpointError(
-        f"{path}: its weights file {absent[0]} is not in {' or '.join(str(p) for p in places)}; give the checkpoint's folder"
+        f"{path}: its weights file {absent[0]} is not in {' or '.join(str(p) for p in places)}; "
+        "give the checkpoint's folder"
     )

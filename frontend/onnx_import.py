@@ -1,4 +1,4 @@
-"""ONNX files to the IR, stage "onnx": one node per ONNX node, types from ONNX's own shape inference, weights left where they lie."""
+"""ONNX files to the IR, stage "onnx": one node per ONNX node, weights left where they lie."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def import_onnx(path: str | Path, weights_folder: str | Path | None = None) -> G
     """Read a file as a graph at stage "onnx".
 
     Args:
-        weights_folder: where external data lie (default: see ``onnx_file.find_weights_folder``). FileSlice constants name files inside it.
+        weights_folder: where external data lie (default: see ``onnx_file.find_weights_folder``). FileSlice constants
+            name files inside it.
 
     Raises:
         GraphError: the file is missing, damaged, or has types that the IR lacks.
@@ -77,7 +78,8 @@ def _check_opsets(model: ModelProto) -> int:
     version = versions.get("", versions.get("ai.onnx"))
     if version is None:
         raise UnsupportedError(
-            f"no opset of the standard domain (found {', '.join(versions)}), expected {OPSETS.start} to {OPSETS.stop - 1}"
+            f"no opset of the standard domain (found {', '.join(versions)}), "
+            f"expected {OPSETS.start} to {OPSETS.stop - 1}"
         )
     if version not in OPSETS:
         raise UnsupportedError(f"opset {version}, expected {OPSETS.start} to {OPSETS.stop - 1}")

@@ -131,7 +131,7 @@ _SMALL = 64
 
 
 def _without_values(model: ModelProto) -> ModelProto:
-    """A copy for shape inference: large and external initializers become inputs, because only their types matter there."""
+    """A copy for shape inference: large and external initializers become inputs, as only their types matter."""
     copy = ModelProto(ir_version=model.ir_version)
     copy.opset_import.extend(model.opset_import)
     source, graph = model.graph, copy.graph
@@ -149,7 +149,7 @@ def _without_values(model: ModelProto) -> ModelProto:
     return copy
 
 
-# What inference passes over --------------------------------------------------------------------------------------------
+# What inference passes over -------------------------------------------------------------------------------------------
 
 
 def _constant_type(data: ConstData) -> TypeProto:

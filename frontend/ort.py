@@ -21,13 +21,18 @@ def open_session(
     onnx_path: str | Path,
     weights_folder: str | Path | None = None,
     threads: int | None = None,
+    fold_weights: bool = True,
 ) -> onnxruntime.InferenceSession:
-    """A CPU session on a file whose external data lie in ``weights_folder`` (default: see ``onnx_file.find_weights_folder``).
+    """A CPU session on a file whose external data lie in ``weights_folder``.
 
-    The weights may be symbolic links (the Hugging Face cache's layout), which onnxruntime itself refuses.
+    Without that folder, see ``onnx_file.find_weights_folder``. The weights may be symbolic links (the Hugging Face
+    cache's layout), which onnxruntime itself refuses.
 
     Args:
         threads: threads within an op; default onnxruntime's own choice.
+        fold_weights: widen half-precision weights once, on opening (slow to open, 4 bytes and more per parameter), and
+            not in each step (opens at once, stays near the weights' own size, slow steps): false for a step or two of a
+            big model.
 
     Raises:
         GraphError: the file is unreadable, or onnxruntime refuses it.
@@ -40,6 +45,13 @@ def open_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    disabled = []
+    if fold_weights:
+        # The higher levels take twice as long to open a big model, and do not make its steps faster.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    else:
+        disabled.append("ConstantFolding")
+        options.enable_cpu_mem_arena = False  # the arena would keep the widened weights of every layer
     placed = _place_all(model, path, folder)
     mapped: list[np.ndarray] = []
     if any((folder / place.location).is_symlink() for _, place in placed):
@@ -53,7 +65,9 @@ def open_session(
         options.add_session_config_entry(_FOLDER_KEY, str(folder))
     try:
         # From bytes: a session made from a path looks beside that path in some versions.
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:  # onnxruntime raises many kinds of its own
         raise GraphError(f"{path}: onnxruntime: {error}") from None
     # The session reads these arrays for as long as it lives.
@@ -101,10 +115,14 @@ class Reference:
     """
 
     def __init__(
-        self, onnx_path: str | Path, weights_folder: str | Path | None = None, threads: int | None = None
+        self,
+        onnx_path: str | Path,
+        weights_folder: str | Path | None = None,
+        threads: int | None = None,
+        fold_weights: bool = True,
     ) -> None:
         self.path = Path(onnx_path)
-        self.session = open_session(onnx_path, weights_folder, threads)
+        self.session = open_session(onnx_path, weights_folder, threads, fold_weights)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.past_names = [n for n in self.inputs if n.startswith("past_key_values.")]
@@ -115,7 +133,8 @@ class Reference:
         if "input_ids" not in self.inputs or unknown or absent:
             what = f"input {unknown[0]}" if unknown else f"no output {absent[0]}" if absent else "no input input_ids"
             raise GraphError(
-                f"{self.path}: has {what}, expected input_ids, attention_mask, position_ids, past_key_values.N.* -> logits, present.N.*"
+                f"{self.path}: has {what}, expected input_ids, attention_mask, position_ids, past_key_values.N.* "
+                "-> logits, present.N.*"
             )
 
     def run(

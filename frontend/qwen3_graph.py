@@ -1,7 +1,8 @@
 """Writes a Qwen3 decoder as an ONNX graph, from its configuration and the places of its weights; no weight is read.
 
-Two spellings: opset 18, everything decomposed into elementary ops (what older exporters emit), and opset 23 with RMSNormalization, RotaryEmbedding and
-Attention. Node names follow the Hugging Face module path; weights keep the checkpoint's names, dtypes and [out, in] layout.
+Two spellings: opset 18, everything decomposed into elementary ops (what older exporters emit), and opset 23 with
+RMSNormalization, RotaryEmbedding and Attention. Node names follow the Hugging Face module path; weights keep the
+checkpoint's names, dtypes and [out, in] layout.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from ir.types import DTYPES
 IR_VERSIONS = {18: 8, 23: 11}
 PRODUCER = "qwen3-infinicore"
 
-# The mask adds this to scores that must not count. Finite, so that a row whose keys are all masked (padding before the first token) gives numbers and not
-# NaN: the next layer's keys of that row are masked by a weight of 0, and 0 * NaN would be NaN.
+# The mask adds this to scores that must not count. Finite, so that a row whose keys are all masked (padding before the
+# first token) gives numbers and not NaN: the next layer's keys of that row are masked by a weight of 0, and 0 * NaN
+# would be NaN.
 MASKED = float(np.finfo(np.float32).min)
 
 Shape = Sequence[Any]  # of sizes and symbols' names
@@ -46,12 +48,14 @@ def build_model(
 ) -> ModelProto:
     """The model as a ModelProto of a few megabytes at most.
 
-    Inputs: input_ids, attention_mask, position_ids (i64: [batch, sequence], [batch, total], [batch, sequence]) and with ``kv``
-    past_key_values.N.key/value (f32 [batch, kv_heads, past, head_dim]). Outputs: logits (f32 [batch, sequence, vocab]), and with ``kv``
-    present.N.key/value. Without ``kv``, total is sequence.
+    Inputs (i64): input_ids and position_ids [batch, sequence], attention_mask [batch, total].
+    Output (f32): logits [batch, sequence, vocab].
+    With ``kv`` also past_key_values.N.key/value (f32 [batch, kv_heads, past, head_dim]) and present.N.key/value
+    ([batch, kv_heads, total, head_dim]); without it, total is sequence.
 
     Args:
-        tensors: where the weights lie; None for a graph from the configuration alone (external data without offset or length).
+        tensors: where the weights lie; None for a graph from the configuration alone (external data without offset or
+            length).
         opset: 18 or 23.
         metadata: further metadata_props.
     """
@@ -206,8 +210,9 @@ class _Qwen3(_Builder):
     def mask(self) -> None:
         """``self.bias``: f32 [batch, 1, sequence, total], 0 where a query sees a key, MASKED elsewhere.
 
-        The query at index i of the sequence stands at index past + i of the keys and sees the keys up to its own, where attention_mask is not 0. These
-        are places in the cache and not position_ids: with padding on the left the two differ.
+        The query at index i of the sequence stands at index past + i of the keys and sees the keys up to its own, where
+        attention_mask is not 0. These are places in the cache and not position_ids: with padding on the left the two
+        differ.
         """
         m, i64, boolean = "/model/causal_mask", TensorProto.INT64, TensorProto.BOOL
         length = self.op("Shape", ["attention_mask"], f"{m}/Shape", [1], i64, start=1, end=2)
@@ -230,7 +235,10 @@ class _Qwen3(_Builder):
         self.bias = self.op("Where", [seen, *values], f"{m}/Where", shape)
 
     def rotary(self) -> None:
-        """``self.cos``, ``self.sin``: f32 [batch, sequence, head_dim / 2], and for opset 18 repeated to [batch, 1, sequence, head_dim]."""
+        """``self.cos``, ``self.sin``: f32 [batch, sequence, head_dim / 2].
+
+        For opset 18 both halves are there: [batch, 1, sequence, head_dim].
+        """
         m, half = "/model/rotary_emb", self.config.head_dim // 2
         table = inv_freq(self.config.head_dim, self.config.rope_theta)
         self.initializers["model.rotary_emb.inv_freq"] = numpy_helper.from_array(table, "model.rotary_emb.inv_freq")
@@ -304,7 +312,10 @@ class _Qwen3(_Builder):
         return self.linear(y, f"{m}/o_proj", f"model.layers.{n}.self_attn.o_proj.weight", c.hidden_size)
 
     def attend(self, n: int, m: str, q: str, k: str, v: str) -> str:
-        """The Attention op. The mask is explicit: is_causal with fewer queries than keys means different things in different runtimes."""
+        """The Attention op, with an explicit mask.
+
+        is_causal with fewer queries than keys means different things in different runtimes.
+        """
         inputs = [q, k, v, self.bias]
         outputs = [f"{m}/Attention_output_0"]
         if self.kv:

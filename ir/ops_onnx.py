@@ -1,8 +1,9 @@
 """The ONNX ops that exporters write decoders with, as they are imported (stage "onnx").
 
-Names are ``onnx.<Type>``; operands are ONNX's own. Attributes are Python values: the importer turns ``to`` into an IR dtype name and ConstantOfShape's
-``value`` into a number. Where versions of ONNX moved an attribute to an operand (axes), both are accepted. Types come from the importer, so there are no
-shape rules. References follow ONNX's semantics, opsets 13 to 25.
+Names are ``onnx.<Type>``; operands are ONNX's own. Attributes are Python values: the importer turns ``to`` into an IR
+dtype name and ConstantOfShape's ``value`` into a number. Where versions of ONNX moved an attribute to an operand
+(axes), both are accepted. Types come from the importer, so there are no shape rules. References follow ONNX's
+semantics, opsets 13 to 25.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def _floating(x: np.ndarray) -> bool:
 
 
 def _result(x: np.ndarray, type_: TensorType, float64: bool) -> np.ndarray:
-    """``x`` converted as Cast does: to a float type without rounding where everything is float64, to an integer towards zero."""
+    """``x`` converted as Cast does: to a float type without rounding where everything is float64, to an integer
+    towards zero."""
     dtype = DTYPES[type_.dtype]
     if dtype.is_float and float64:
         return x.astype(np.float64)
@@ -37,7 +39,7 @@ def _ints(x: np.ndarray | None) -> tuple[int, ...]:
 
 Elementwise = Callable[..., np.ndarray]
 
-# Elementwise ------------------------------------------------------------------------------------------------------------------------------------------
+# Elementwise ----------------------------------------------------------------------------------------------------------
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -157,7 +159,7 @@ def cast_like(inputs, attrs, context):
     return _result(inputs[0], context.types[0], context.float64)
 
 
-# Shapes -----------------------------------------------------------------------------------------------------------------------------------------------
+# Shapes ---------------------------------------------------------------------------------------------------------------
 
 
 @op("onnx.Shape", ONNX, "x", "the sizes of axes start to end as i64", attrs={"start": 0, "end": None})
@@ -318,7 +320,7 @@ def trilu(inputs, attrs, context):
     return (np.triu if attrs["upper"] else np.tril)(x, _ints(k)[0] if k is not None else 0)
 
 
-# Reductions and products ------------------------------------------------------------------------------------------------------------------------------
+# Reductions and products ----------------------------------------------------------------------------------------------
 
 
 def _reduction(fn: Elementwise) -> ReferenceFn:
@@ -374,7 +376,7 @@ def gemm(inputs, attrs, context):
     return y if c is None else y + a.dtype.type(attrs["beta"]) * c
 
 
-# Fused ops of opset 23 --------------------------------------------------------------------------------------------------------------------------------
+# Fused ops of opset 23 ------------------------------------------------------------------------------------------------
 
 
 @op(
@@ -423,7 +425,7 @@ def rotary_embedding(inputs, attrs, context):
     "onnx.Attention",
     ONNX,
     "q k v mask? past_key? past_value? nonpad_kv_seqlen?",
-    "scaled dot product attention with grouped heads; [batch, heads, sequence, size] or [batch, sequence, heads * size]",
+    "attention with grouped heads; operands are [batch, heads, sequence, size] or [batch, sequence, heads * size]",
     attrs={
         "is_causal": 0,
         "kv_num_heads": None,
@@ -473,7 +475,7 @@ def attention(inputs, attrs, context):
     if attrs["is_causal"]:
         if past_key is None and queries != keys:
             raise UnsupportedError(
-                "onnx.Attention: is_causal with fewer queries than keys and no past means different things in different runtimes"
+                "onnx.Attention: is_causal with fewer queries than keys and no past differs between runtimes"
             )
         ahead = np.arange(keys)[None, :] > np.arange(queries)[:, None] + before
         bias = bias + np.where(ahead, q.dtype.type(-np.inf), q.dtype.type(0))

@@ -35,7 +35,8 @@ def to_text(graph: Graph) -> str:
 
 
 def _lines(graph: Graph, indent: str) -> Iterator[str]:
-    yield f"{indent}graph {_name(graph.name)} @{graph.stage} {{"
+    title = graph.name if re.fullmatch(r"[A-Za-z_][\w.\-]*", graph.name) else json.dumps(graph.name)
+    yield f"{indent}graph {title} @{graph.stage} {{"
     inner = indent + "  "
     if graph.meta:
         yield f"{inner}meta {json.dumps(graph.meta, ensure_ascii=True, sort_keys=True)}"

@@ -75,11 +75,11 @@ class Subgraph:
         """A constant whose values lie in a file, if there is one: such a subgraph is more than arithmetic on positions."""
         return next((c.name for c in self.graph.constants.values() if not isinstance(c.data, Inline)), "")
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray] | None:
-        """The outputs in float64; None where the sample lies outside of what the subgraph can take (a table that ends)."""
+    def run(self, inputs: Mapping[str, np.ndarray], float64: bool = True) -> list[np.ndarray] | None:
+        """The outputs, in float64 unless that does not matter; None where the sample lies outside of what the subgraph can take (a table that ends)."""
         try:
             with np.errstate(all="ignore"):
-                results = interp.run(self.graph, inputs, float64=True)
+                results = interp.run(self.graph, inputs, float64=float64)
         except (Qwen3Error, ValueError, IndexError, MemoryError):
             return None
         return [results[o] for o in self.graph.outputs]
@@ -108,9 +108,9 @@ class Sample:
             else:
                 sizes = [self.batch, None, self.past, None]
                 shape = [d if isinstance(d, int) else s for d, s in zip(value.type.shape, sizes)]
-                array = np.broadcast_to(np.float64(0), [1 if s is None else s for s in shape])
-            dtype = DTYPES[value.type.dtype]
-            arrays[value.name] = array if dtype.is_float else array.astype(dtype.numpy)
+                # In its own dtype: converting would take the memory after all.
+                array = np.broadcast_to(np.zeros((), DTYPES[value.type.dtype].numpy), [1 if s is None else s for s in shape])
+            arrays[value.name] = array.astype(DTYPES[value.type.dtype].numpy, copy=False)
         return arrays
 
 

@@ -111,8 +111,10 @@ def _unmergeable(graph: Graph, linears: list[Node]) -> str | None:
     inputs = dict.fromkeys(n.inputs[0] for n in linears)
     if len(inputs) > 1:
         return f"their inputs differ: {', '.join(inputs)}"
-    if len(dict.fromkeys(n.output for n in linears)) < len(linears):
-        return f"{linears[0].output} is used twice"
+    outputs = [n.output for n in linears]
+    twice = next((o for o in outputs if outputs.count(o) > 1), None)
+    if twice is not None:
+        return f"{twice} is used twice"
     if len({len(n.inputs) for n in linears}) > 1:
         return "some have a bias and some have none"
     for i in range(1, len(linears[0].inputs)):

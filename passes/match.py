@@ -14,7 +14,7 @@ Names that start with a capital are ONNX ops. When nothing matched, ``explain`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,14 +195,14 @@ class Matcher:
         if pattern.output is not None and node.outputs[pattern.output].name != value:
             self._fail(state, lambda: f"expected result {pattern.output} of {node.op}, found {value}")
             return
+        bound = {**state.bound, pattern.bind: node} if pattern.bind else state.bound
+        inside = _State(state.values, (*state.nodes, node), bound)
         inputs = list(node.inputs)
         while inputs and not inputs[-1] and len(inputs) > len(pattern.operands):
             inputs.pop()
         if len(inputs) < len(pattern.operands) or (len(inputs) > len(pattern.operands) and not pattern.more):
-            self._fail(state, lambda: f"{node.op} {value} has {len(inputs)} operands, expected {len(pattern.operands)}")
+            self._fail(inside, lambda: f"{value} has {len(inputs)} operands, expected {len(pattern.operands)}")
             return
-        bound = {**state.bound, pattern.bind: node} if pattern.bind else state.bound
-        inside = _State(state.values, (*state.nodes, node), bound)
         orders = [inputs, inputs[::-1]] if node.op in COMMUTATIVE and len(inputs) == 2 else [inputs]
         for order in orders:
             yield from self._operands(pattern.operands, order, inside)
@@ -287,21 +287,22 @@ def _fire(rule: Rule, pattern: Pattern, node: Node, matcher: Matcher, editor: Gr
     return False
 
 
-def explain(graph: Graph, rules: Sequence[Rule], values: Collection[str]) -> str:
-    """Why no rule fired at these values: the deepest partial match, or the check's answer."""
-    best: tuple[int, str] = (0, "")
-    for rule in rules:
-        pattern = rule.pattern()
-        ends = roots(pattern)
-        for value in values:
-            node = graph.producers.get(value)
-            if node is None or node.op not in ends:
+def explain(graph: Graph, rules: Sequence[Rule], values: Sequence[str]) -> str:
+    """Why no rule fired at these values: the check's answer or the failure that most nodes had been matched for; of equals, one that names the first value."""
+    best: tuple[int, bool, str] = (0, False, "")
+    for value in values:
+        node = graph.producers.get(value)
+        for rule in rules:
+            pattern = rule.pattern()
+            if node is None or node.op not in roots(pattern):
                 continue
             matcher = Matcher(graph)
+            found = []
             for match in matcher.match(pattern, value):
                 reason = rule.check(match)
                 if reason:
-                    best = max(best, (1000 + len(match.nodes), f"{rule.name} at {value}: no, because {reason}"))
-            if matcher.best[0] > best[0]:
-                best = (matcher.best[0], f"{rule.name} at {value}: {matcher.best[1]}")
-    return best[1]
+                    found.append((len(match.nodes) + 1, f"no, because {reason}"))
+            for depth, text in [*found, matcher.best]:
+                if (depth, values[0] in text) > best[:2]:
+                    best = (depth, values[0] in text, f"{rule.name} at {value}: {text}")
+    return best[2]

@@ -58,7 +58,7 @@ def _biased(match: Match) -> bool:
 class Gemm(Rule):
     """Gemm with a constant matrix."""
 
-    name = "linear (Gemm)"
+    name = "linear"
 
     def pattern(self) -> Pattern:
         return Or(Op("Gemm", Var("x"), Const("w"), Const("bias"), bind="gemm"), Op("Gemm", Var("x"), Const("w"), bind="gemm"))
@@ -106,7 +106,7 @@ class RmsNorm(Rule):
 class RmsNormalization(Rule):
     """The op of opset 23."""
 
-    name = "rms_norm (RMSNormalization)"
+    name = "rms_norm"
 
     def pattern(self) -> Pattern:
         return Op("RMSNormalization", Var("x"), Const("w"), bind="norm")

@@ -216,7 +216,7 @@ class RotateHalf(_Rope):
 class RotaryEmbedding(_Rope):
     """The op of opset 23: x [B, H, S, D] or [B, S, H * D]."""
 
-    name = "rope (RotaryEmbedding)"
+    name = "rope"
 
     def pattern(self) -> Pattern:
         x, cos, sin = Var("x"), Var("cos"), Var("sin")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -99,22 +99,16 @@ def build_for(
     folder = root / key
     with file_lock(root / f"{key}.lock"):
         if not (folder / "manifest.json").is_file():
-            _build_into(folder, model, options)
+            from codegen.build import build_model
+
+            build_model(model=model, out=folder, progress=_show if sys.stderr.isatty() else None, **options)
         os.utime(folder)  # newest: used last
     _prune(root, keep=key)
     return read_build(folder)
 
 
-def _build_into(folder: Path, model: Path, options: dict[str, Any]) -> None:
-    from codegen.build import build_model
-
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        build_model(model=model, out=temporary, **options)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _show(line: str) -> None:
+    print(f"building the engine: {line}", file=sys.stderr)
 
 
 def _prune(root: Path, keep: str) -> None:

@@ -20,8 +20,8 @@ TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 def random_config(rng: np.random.Generator, **overrides: Any) -> dict[str, Any]:
     """The contents of a config.json of a small model: one to three layers, any ratio of heads to KV heads, tied or not.
 
-    ``overrides`` fix fields; the others are drawn until vocabulary, hidden, query, key, intermediate and head sizes all differ (where the overrides
-    allow it).
+    ``overrides`` fix fields; the others are drawn until vocabulary, hidden, query, key, intermediate and head sizes all
+    differ (where the overrides allow it).
     """
     for _ in range(1000):
         kv_heads = int(rng.choice([1, 2, 3]))
@@ -85,8 +85,8 @@ def write_checkpoint(
 ) -> Path:
     """Write config.json, generation_config.json and the weights of a random model, and return the folder.
 
-    Weights are normal(0, 1/sqrt(fan_in)), norms 1 +- 0.2: activations and logits stay of order one. The values depend on ``seed`` and the shapes,
-    not on ``shards``; ``dtype`` only rounds them.
+    Weights are normal(0, 1/sqrt(fan_in)), norms 1 +- 0.2: activations and logits stay of order one. The values depend
+    on ``seed`` and the shapes, not on ``shards``; ``dtype`` only rounds them.
 
     Args:
         dtype: ``"f32"``, ``"f16"`` or ``"bf16"``; also written as config.json's torch_dtype.
@@ -157,7 +157,8 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
 def reference_logits(config: dict[str, Any], weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
     """Logits (float64 [len(tokens), vocab]) of one sequence, straight from the model's definition.
 
-    Shares nothing with the compiler, token by token and head by head: what it agrees with is right, not just equal to itself.
+    Shares nothing with the compiler, token by token and head by head: what it agrees with is right, not just equal to
+    itself.
     """
     w = {n: a.astype(np.float64) for n, a in weights.items()}
     heads, kv_heads, eps = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]

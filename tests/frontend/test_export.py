@@ -1,4 +1,5 @@
-"""The exporter: both opsets against onnx.checker, onnxruntime, the interpreter and an independent numpy model; and its command line."""
+"""The exporter: both opsets against onnx.checker, onnxruntime, the interpreter and an independent numpy model; and
+its command line."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def test_shapes_agree_with_strict_inference(made, name, opset):
 
 @pytest.mark.parametrize("name, opset", EVERY)
 def test_logits_are_the_models(made, name, opset):
-    """Against the definition in float64. float32 sums of at most 110 terms over at most 3 layers: relative L2 well below 1e-5."""
+    """Against the definition in float64. float32 sums of at most 110 terms over at most 3 layers: relative L2 well
+    below 1e-5."""
     fields, folder, path = made(name, opset)
     seed, _, dtype, _ = MODELS[name]
     stored = {}
@@ -112,8 +114,8 @@ def test_interpreter_agrees_with_onnxruntime(made, name, opset, kv):
     expected = {"logits": want[None]}
     if after:
         expected.update({n.replace("past_key_values", "present"): a for n, a in after.arrays.items()})
-    # float32: both sides round each operation, in a different order of sums: about 10 roundings of 6e-8 in each of at most 3 layers, as a root of squares.
-    # float64: what is left is onnxruntime's own float32 error.
+    # float32: both sides round each operation, in a different order of sums: about 10 roundings of 6e-8 in each of at
+    # most 3 layers, as a root of squares. float64: what is left is onnxruntime's own float32 error.
     for float64, bound in ((False, 2e-6), (True, 1e-5)):
         found = run(graph, feeds, folder=folder, float64=float64)
         assert found.keys() == expected.keys()
@@ -176,7 +178,8 @@ def test_padded_batches(made, name, opset, side):
 
 
 def test_weights_are_the_checkpoints_bytes(made):
-    """Initializers keep name, dtype and [out, in] shape, and point at the safetensors' bytes; a tied weight is there once; the file is small."""
+    """Initializers keep name, dtype and [out, in] shape, and point at the safetensors' bytes; a tied weight is
+    there once; the file is small."""
     for name in MODELS:
         fields, folder, path = made(name, 18)
         config, opened = load_config(folder), Checkpoint.open(folder)
@@ -219,7 +222,8 @@ def test_interface_names(made):
 
 
 def test_inv_freq():
-    """float32 arithmetic on float32 values: within 3 roundings (power: 2) of the exact value, and the type is float32."""
+    """float32 arithmetic on float32 values: within 3 roundings (power: 2) of the exact value, and the type is
+    float32."""
     table = inv_freq(128, 1e6)
     exact = 1e6 ** (-np.arange(0, 128, 2) / 128)
     assert table.dtype == np.float32 and table.shape == (64,)

@@ -15,7 +15,7 @@ from frontend.export import export
 from frontend.onnx_file import find_weights_folder
 from frontend.onnx_import import import_onnx
 from ir.constants import FileSlice, Inline, load
-from ir.errors import CheckpointError, GraphError, UnsupportedError
+from ir.errors import CheckpointError, GraphError, Qwen3Error, UnsupportedError
 from ir.interp import run
 from ir.types import Sym, TensorType, sym
 from ir.verify import verify
@@ -204,6 +204,19 @@ def test_truncated_anywhere_is_an_error(model, tmp_path):
         with pytest.raises((GraphError, UnsupportedError)) as caught:
             import_onnx(tmp_path / "m.onnx", model[1])
         assert str(caught.value).startswith(str(tmp_path / "m.onnx"))
+
+
+def test_damaged_bytes_never_give_anything_but_one_of_our_errors(model, tmp_path):
+    raw, path = model[2].read_bytes(), tmp_path / "m.onnx"
+    for seed in range(60):
+        rng, damaged = np.random.default_rng(seed), bytearray(raw)
+        for _ in range(int(rng.integers(1, 5))):
+            damaged[int(rng.integers(len(raw)))] = int(rng.integers(256))
+        path.write_bytes(damaged)
+        try:
+            import_onnx(path, model[1])
+        except Qwen3Error as error:
+            assert str(path) in str(error) or str(model[1]) in str(error)
 
 
 @pytest.mark.parametrize("opset", [7, 12, 26])

@@ -24,8 +24,8 @@ INT_MAX = np.iinfo(np.int64).max
 INT_MIN = np.iinfo(np.int64).min
 F32, I64, BOOL = np.float32, np.int64, np.bool_
 
-# A case: operands (None: absent), attributes, number of outputs, opset. Operands named in FIXED are initializers, because the importer or onnxruntime
-# wants them known.
+# A case: operands (None: absent), attributes, number of outputs, opset. Operands named in FIXED are initializers,
+# because the importer or onnxruntime wants them known.
 Case = tuple[list, dict[str, Any], int, int]
 CASES: dict[str, Callable[[np.random.Generator], Case]] = {}
 
@@ -259,7 +259,8 @@ def slice_(rng, name):
     steps = rng.choice([-3, -2, -1, 1, 2, 3], count)
     edge = [-9, -3, -1, 0, 1, 2, 4, 9, INT_MAX, INT_MIN]
     starts, ends = rng.choice(edge, count), rng.choice(edge, count)
-    # Backwards, onnxruntime takes INT64_MAX for "to the first element" although ONNX gives INT64_MIN that meaning: nobody writes it.
+    # Backwards, onnxruntime takes INT64_MAX for "to the first element" although ONNX gives INT64_MIN that meaning:
+    # nobody writes it.
     ends[(steps < 0) & (ends == INT_MAX)] = INT_MIN
     if rng.integers(3) == 0:
         return [x, starts, ends], {}, 1, 18
@@ -466,8 +467,9 @@ def test_reference_agrees_with_onnxruntime(name, seed, tmp_path_factory):
                 np.testing.assert_array_equal(got, want)
                 continue
             assert got.dtype == (np.float64 if float64 else want.dtype)
-            # Both sides compute a few float32 operations on values of order one to ten, sums of at most 60 terms: relative errors stay within 60
-            # roundings (60 * 6e-8 = 4e-6); where terms cancel, the error is relative to the terms, hence the absolute part.
+            # Both sides compute a few float32 operations on values of order one to ten, sums of at most 60 terms:
+            # relative errors stay within 60 roundings (60 * 6e-8 = 4e-6); where terms cancel, the error is relative to
+            # the terms, hence the absolute part.
             np.testing.assert_allclose(got, want, rtol=4e-6, atol=4e-6 * max(1.0, _largest(arrays)))
 
 

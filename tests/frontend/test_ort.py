@@ -110,6 +110,8 @@ def test_greedy_and_threads(model, tmp_path):
     folder, path, want = model
     reference = Reference(path, threads=1)
     generated = reference.greedy(IDS, 6)
+    unfolded = Reference(path, fold_weights=False)
+    assert relative_l2(unfolded.logits(IDS)[0], want) < 2e-6 and unfolded.greedy(IDS, 6) == generated
     assert generated[0] == int(want[-1].argmax()) and len(generated) == 6
     export(folder, tmp_path / "n.onnx", kv=False)
     plain = Reference(tmp_path / "n.onnx")

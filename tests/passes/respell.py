@@ -177,7 +177,8 @@ def keys_through_three_axes(r: Respelling) -> None:
 
 def _masked(r: Respelling) -> list[tuple[Node, str, str]]:
     """The Adds of the mask: node, scores, mask."""
-    return [(n, n.inputs[0], n.inputs[1]) for n in r.some("Add") if r.type(n.inputs[1]).rank == 4 and r.type(n.inputs[1]).shape[1] == 1]
+    made = r.graph.producers
+    return [(n, *n.inputs) for n in r.some("Add") if n.inputs[1] in made and made[n.inputs[1]].op == "onnx.Where"]
 
 
 def mask_by_where(r: Respelling) -> None:

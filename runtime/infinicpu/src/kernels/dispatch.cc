@@ -8,34 +8,38 @@
 namespace infinicpu {
 
 extern const Kernels KERNELS_portable;
-#ifdef INFINICPU_X86
 extern const Kernels KERNELS_avx2;
 extern const Kernels KERNELS_avx512;
 extern const Kernels KERNELS_avx512_bf16;
-#endif
 
 namespace {
 
+struct Candidate {
+    const Kernels *kernels;
+    bool available;
+};
+
 const Kernels &choose() {
-    struct Candidate {
-        const Kernels *kernels;
-        bool available;
-    };
-#ifdef INFINICPU_X86
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-                     && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                                      && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    [[maybe_unused]] const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    // The best first. Which of them were compiled is up to the build.
     const Candidate candidates[] = {
+#ifdef INFINICPU_HAS_AVX512_BF16
         {&KERNELS_avx512_bf16, avx512_bf16},
+#endif
+#ifdef INFINICPU_HAS_AVX512
         {&KERNELS_avx512, avx512},
+#endif
+#ifdef INFINICPU_HAS_AVX2
         {&KERNELS_avx2, avx2},
+#endif
         {&KERNELS_portable, true},
     };
-#else
-    const Candidate candidates[] = {{&KERNELS_portable, true}};
-#endif
     const char *limit = std::getenv("INFINICPU_ISA");
     bool allowed = limit == nullptr || *limit == '\0';
     for (const Candidate &candidate : candidates) {

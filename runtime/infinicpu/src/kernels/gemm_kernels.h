@@ -59,63 +59,58 @@ struct Bf16Product {
 };
 #endif
 
-// out[i * DOT_COLS + j] = sum over k of a[i][k] * b[j][k]
-template <class Product, size_t ROWS, size_t COLS>
-inline void dotTile(size_t k, const typename Product::A *a, ptrdiff_t a_row, const typename Product::B *b, ptrdiff_t b_col, float *out) {
+// A k piece of a tile of sums: row i of the left operand is at a + i * a_row, its step s at + s * a_step; column j of the
+// right operand is at b + j * b_col. FIRST starts the sums at 0, else they continue from `kept`; LAST adds up the lanes,
+// out[i * DOT_COLS + j], else the sums go to `kept`. So cutting k into pieces changes nothing in the result.
+template <class Product, size_t ROWS, size_t COLS, bool FIRST, bool LAST>
+inline void dotTile(size_t k, const typename Product::A *a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Product::B *b, ptrdiff_t b_col, Vec *kept, float *out) {
     using Operand = typename Product::Operand;
     Vec sums[ROWS][COLS];
-    for (size_t i = 0; i < ROWS; ++i) {
-        for (size_t j = 0; j < COLS; ++j) {
-            sums[i][j] = vzero();
-        }
-    }
+    unrolled<ROWS * COLS>([&](auto ij) {
+        constexpr size_t I = decltype(ij)::value / COLS, J = decltype(ij)::value % COLS;
+        sums[I][J] = FIRST ? vzero() : kept[I * DOT_COLS + J];
+    });
+    const auto step = [&](auto load, size_t p) __attribute__((always_inline)) {
+        Operand left[ROWS];
+        unrolled<ROWS>([&](auto i) { left[i.value] = load(a + ptrdiff_t(i.value) * a_row); });
+        unrolled<COLS>([&](auto j) {
+            const Operand right = load(b + ptrdiff_t(j.value) * b_col + p);
+            unrolled<ROWS>([&](auto i) { sums[i.value][j.value] = Product::multiplyAdd(left[i.value], right, sums[i.value][j.value]); });
+        });
+    };
     size_t p = 0;
-    for (; p + Product::STEP <= k; p += Product::STEP) {
-        Operand left[ROWS];
-        for (size_t i = 0; i < ROWS; ++i) {
-            left[i] = Product::load(a + ptrdiff_t(i) * a_row + p);
-        }
-        for (size_t j = 0; j < COLS; ++j) {
-            const Operand right = Product::load(b + ptrdiff_t(j) * b_col + p);
-            for (size_t i = 0; i < ROWS; ++i) {
-                sums[i][j] = Product::multiplyAdd(left[i], right, sums[i][j]);
-            }
-        }
+    for (; p + Product::STEP <= k; p += Product::STEP, a += a_step) {
+        step([](const auto *from) { return Product::load(from); }, p);
     }
-    if (p < k) {
-        Operand left[ROWS];
-        for (size_t i = 0; i < ROWS; ++i) {
-            left[i] = Product::loadPart(a + ptrdiff_t(i) * a_row + p, k - p);
-        }
-        for (size_t j = 0; j < COLS; ++j) {
-            const Operand right = Product::loadPart(b + ptrdiff_t(j) * b_col + p, k - p);
-            for (size_t i = 0; i < ROWS; ++i) {
-                sums[i][j] = Product::multiplyAdd(left[i], right, sums[i][j]);
-            }
-        }
+    if (LAST && p < k) {
+        step([n = k - p](const auto *from) { return Product::loadPart(from, n); }, p);
     }
-    for (size_t i = 0; i < ROWS; ++i) {
-        for (size_t j = 0; j < COLS; ++j) {
-            out[i * DOT_COLS + j] = vsum(sums[i][j]);
+    unrolled<ROWS * COLS>([&](auto ij) {
+        constexpr size_t I = decltype(ij)::value / COLS, J = decltype(ij)::value % COLS;
+        if (LAST) {
+            out[I * DOT_COLS + J] = vsum(sums[I][J]);
+        } else {
+            kept[I * DOT_COLS + J] = sums[I][J];
         }
-    }
+    });
 }
 
+// All of k at once, for any number of columns, then of rows.
 template <class Product, size_t ROWS, size_t COLS>
 inline void dotTileCols(size_t cols, size_t k, const typename Product::A *a, ptrdiff_t a_row, const typename Product::B *b, ptrdiff_t b_col, float *out) {
     if (cols == COLS) {
-        dotTile<Product, ROWS, COLS>(k, a, a_row, b, b_col, out);
+        dotTile<Product, ROWS, COLS, true, true>(k, a, a_row, ptrdiff_t(Product::STEP), b, b_col, nullptr, out);
     } else if constexpr (COLS > 1) {
         dotTileCols<Product, ROWS, COLS - 1>(cols, k, a, a_row, b, b_col, out);
     }
 }
 
 template <class Product, size_t ROWS>
-inline void dotTileAny(size_t rows, size_t cols, size_t k, const typename Product::A *a, ptrdiff_t a_row, const typename Product::B *b, ptrdiff_t b_col, float *out) {
+inline void dotTileRows(size_t rows, size_t cols, size_t k, const typename Product::A *a, ptrdiff_t a_row, const typename Product::B *b, ptrdiff_t b_col, float *out) {
     if (rows == ROWS) {
         dotTileCols<Product, ROWS, DOT_COLS>(cols, k, a, a_row, b, b_col, out);
     } else if constexpr (ROWS > 1) {
-        dotTileAny<Product, ROWS - 1>(rows, cols, k, a, a_row, b, b_col, out);
+        dotTileRows<Product, ROWS - 1>(rows, cols, k, a, a_row, b, b_col, out);
     }
 }
 
@@ -126,81 +121,125 @@ inline void storeElement(T *c, float sum, float alpha, float beta) {
     *c = fromFloat<T>(beta == 0.0f ? value : value + beta * toFloat(*c));
 }
 
+template <class TC>
+inline void storeTile(const GemmBlock &g, size_t m, size_t n, size_t rows, size_t cols, const float *tile) {
+    TC *c = static_cast<TC *>(g.c) + ptrdiff_t(m) * g.c_row + ptrdiff_t(n) * g.c_col;
+    for (size_t i = 0; i < rows; ++i) {
+        for (size_t j = 0; j < cols; ++j) {
+            storeElement(c + ptrdiff_t(i) * g.c_row + ptrdiff_t(j) * g.c_col, tile[i * DOT_COLS + j], g.alpha, g.beta);
+        }
+    }
+}
+
+// A k piece of DOT_ROWS rows of A, copied step by step, and the sums of DOT_WIDTH columns, stay in the first-level cache
+// while B's columns pass by from the second level.
+constexpr size_t DOT_PIECE_BYTES = 2048;
+constexpr size_t DOT_WIDTH = 8 * DOT_COLS;
+
+// DOT_ROWS rows from m, `tiles` whole tiles of columns from n, k in pieces. Copying the rows also frees them from their
+// stride: rows a power of two apart would all fall into the same few places of the cache.
 template <class Product, class TC>
-void gemmDot(const GemmBlock &g) {
-    const auto *a = static_cast<const typename Product::A *>(g.a);
-    const auto *b = static_cast<const typename Product::B *>(g.b);
-    auto *c = static_cast<TC *>(g.c);
+void dotPanel(const GemmBlock &g, size_t m, size_t n, size_t tiles) {
+    using A = typename Product::A;
+    constexpr size_t STEP = Product::STEP;
+    constexpr size_t PIECE = DOT_PIECE_BYTES / sizeof(A) / STEP * STEP;
+    constexpr ptrdiff_t A_STEP = DOT_ROWS * STEP;
+    const A *a = static_cast<const A *>(g.a) + ptrdiff_t(m) * g.a_row;
+    const auto *b = static_cast<const typename Product::B *>(g.b) + ptrdiff_t(n) * g.b_col;
+    alignas(64) A packed[DOT_ROWS * PIECE];
+    Vec kept[DOT_ROWS * DOT_WIDTH];
     float tile[DOT_ROWS * DOT_COLS];
-    // The rows of A stay in the first-level cache while the block's columns of B, which fit the second level, pass by.
-    for (size_t m = g.m0; m < g.m1; m += DOT_ROWS) {
-        const size_t rows = minOf(DOT_ROWS, g.m1 - m);
-        for (size_t n = g.n0; n < g.n1; n += DOT_COLS) {
-            const size_t cols = minOf(DOT_COLS, g.n1 - n);
-            dotTileAny<Product, DOT_ROWS>(rows, cols, g.k, a + ptrdiff_t(m) * g.a_row, g.a_row, b + ptrdiff_t(n) * g.b_col, g.b_col, tile);
-            for (size_t i = 0; i < rows; ++i) {
-                TC *row = c + ptrdiff_t(m + i) * g.c_row + ptrdiff_t(n) * g.c_col;
-                for (size_t j = 0; j < cols; ++j) {
-                    storeElement(row + ptrdiff_t(j) * g.c_col, tile[i * DOT_COLS + j], g.alpha, g.beta);
-                }
+    for (size_t k0 = 0; k0 < g.k; k0 += PIECE) {
+        const size_t length = minOf(PIECE, g.k - k0);
+        const bool first = k0 == 0, last = k0 + PIECE >= g.k;
+        for (size_t i = 0; i < DOT_ROWS; ++i) {
+            const A *from = a + ptrdiff_t(i) * g.a_row + k0;
+            A *to = packed + i * STEP;
+            size_t p = 0;
+            for (; p + STEP <= length; p += STEP) {
+                std::memcpy(to + p * DOT_ROWS, from + p, STEP * sizeof(A)); // of constant size: one vector
+            }
+            if (p < length) {
+                std::memcpy(to + p * DOT_ROWS, from + p, (length - p) * sizeof(A));
+            }
+        }
+        const auto run = first ? (last ? dotTile<Product, DOT_ROWS, DOT_COLS, true, true> : dotTile<Product, DOT_ROWS, DOT_COLS, true, false>)
+                               : (last ? dotTile<Product, DOT_ROWS, DOT_COLS, false, true> : dotTile<Product, DOT_ROWS, DOT_COLS, false, false>);
+        for (size_t t = 0; t < tiles; ++t) {
+            run(length, packed, STEP, A_STEP, b + ptrdiff_t(t * DOT_COLS) * g.b_col + k0, g.b_col, kept + t * DOT_ROWS * DOT_COLS, tile);
+            if (last) {
+                storeTile<TC>(g, m, n + t * DOT_COLS, DOT_ROWS, DOT_COLS, tile);
             }
         }
     }
 }
 
-// ROWS rows by VECS vectors; the last vector has `last` lanes (LANES unless TAIL).
+template <class Product, class TC>
+void gemmDot(const GemmBlock &g) {
+    const auto *a = static_cast<const typename Product::A *>(g.a);
+    const auto *b = static_cast<const typename Product::B *>(g.b);
+    size_t panel_rows = g.m0, panel_cols = g.n0; // what panels have done
+    // A b that is converted on the fly has few rows to serve; with many, the operator converts it first.
+    if constexpr (sizeof(typename Product::A) == sizeof(typename Product::B)) {
+        if (g.m1 - g.m0 > DOT_ROWS && g.n1 - g.n0 >= DOT_COLS && g.k != 0) {
+            panel_rows += (g.m1 - g.m0) / DOT_ROWS * DOT_ROWS;
+            panel_cols += (g.n1 - g.n0) / DOT_COLS * DOT_COLS;
+            for (size_t m = g.m0; m < panel_rows; m += DOT_ROWS) {
+                for (size_t n = g.n0; n < panel_cols; n += DOT_WIDTH) {
+                    dotPanel<Product, TC>(g, m, n, minOf(DOT_WIDTH, panel_cols - n) / DOT_COLS);
+                }
+            }
+        }
+    }
+    // Few rows, or the last rows and columns: B is read once, in order.
+    float tile[DOT_ROWS * DOT_COLS];
+    for (size_t m = g.m0; m < g.m1; m += DOT_ROWS) {
+        const size_t rows = minOf(DOT_ROWS, g.m1 - m);
+        for (size_t n = m < panel_rows ? panel_cols : g.n0; n < g.n1; n += DOT_COLS) {
+            const size_t cols = minOf(DOT_COLS, g.n1 - n);
+            dotTileRows<Product, DOT_ROWS>(rows, cols, g.k, a + ptrdiff_t(m) * g.a_row, g.a_row, b + ptrdiff_t(n) * g.b_col, g.b_col, tile);
+            storeTile<TC>(g, m, n, rows, cols, tile);
+        }
+    }
+}
+
+// ROWS rows by VECS vectors of columns. With TAIL there is one vector, of which only the first `lanes` lanes exist.
 template <class TB, class TC, size_t ROWS, size_t VECS, bool TAIL>
-inline void outerTile(const GemmBlock &g, size_t m, size_t n, size_t last) {
+inline void outerTile(const GemmBlock &g, size_t m, size_t n, size_t lanes) {
+    static_assert(!TAIL || VECS == 1);
     const float *a = static_cast<const float *>(g.a) + ptrdiff_t(m) * g.a_row;
     const TB *b = static_cast<const TB *>(g.b) + n;
     Vec totals[ROWS][VECS];
-    for (size_t i = 0; i < ROWS; ++i) {
-        for (size_t j = 0; j < VECS; ++j) {
-            totals[i][j] = vzero();
-        }
-    }
+    unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { totals[i.value][j.value] = vzero(); }); });
     for (size_t k0 = 0; k0 < g.k; k0 += K_PIECE) {
         const size_t k1 = minOf(g.k, k0 + K_PIECE);
         Vec sums[ROWS][VECS];
-        for (size_t i = 0; i < ROWS; ++i) {
-            for (size_t j = 0; j < VECS; ++j) {
-                sums[i][j] = vzero();
-            }
-        }
+        unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { sums[i.value][j.value] = vzero(); }); });
         for (size_t p = k0; p < k1; ++p) {
             const TB *row = b + ptrdiff_t(p) * g.b_row;
             Vec right[VECS];
-            for (size_t j = 0; j < VECS; ++j) {
-                right[j] = TAIL && j == VECS - 1 ? vloadPart(row + j * LANES, last) : vload(row + j * LANES);
-            }
-            for (size_t i = 0; i < ROWS; ++i) {
-                const Vec left = vset(a[ptrdiff_t(i) * g.a_row + ptrdiff_t(p) * g.a_col]);
-                for (size_t j = 0; j < VECS; ++j) {
-                    sums[i][j] = vfma(left, right[j], sums[i][j]);
-                }
-            }
+            unrolled<VECS>([&](auto j) { right[j.value] = TAIL ? vloadPart(row, lanes) : vload(row + j.value * LANES); });
+            unrolled<ROWS>([&](auto i) {
+                const Vec left = vset(a[ptrdiff_t(i.value) * g.a_row + ptrdiff_t(p) * g.a_col]);
+                unrolled<VECS>([&](auto j) { sums[i.value][j.value] = vfma(left, right[j.value], sums[i.value][j.value]); });
+            });
         }
-        for (size_t i = 0; i < ROWS; ++i) {
-            for (size_t j = 0; j < VECS; ++j) {
-                totals[i][j] = vadd(totals[i][j], sums[i][j]);
-            }
-        }
+        unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { totals[i.value][j.value] = vadd(totals[i.value][j.value], sums[i.value][j.value]); }); });
     }
-    const Vec alpha = vset(g.alpha);
+    const size_t width = TAIL ? lanes : LANES;
     for (size_t i = 0; i < ROWS; ++i) {
         TC *row = static_cast<TC *>(g.c) + ptrdiff_t(m + i) * g.c_row + ptrdiff_t(n) * g.c_col;
         for (size_t j = 0; j < VECS; ++j) {
-            const size_t lanes = TAIL && j == VECS - 1 ? last : LANES;
             if (g.c_col == 1) {
-                Vec value = vmul(alpha, totals[i][j]);
+                Vec value = vmul(vset(g.alpha), totals[i][j]);
                 if (g.beta != 0.0f) {
-                    value = vfma(vset(g.beta), vloadUpTo(row + j * LANES, lanes), value);
+                    value = vfma(vset(g.beta), vloadUpTo(row + j * LANES, width), value);
                 }
-                vstoreUpTo(row + j * LANES, value, lanes);
+                vstoreUpTo(row + j * LANES, value, width);
             } else {
                 float values[LANES];
                 vstore(values, totals[i][j]);
-                for (size_t l = 0; l < lanes; ++l) {
+                for (size_t l = 0; l < width; ++l) {
                     storeElement(row + ptrdiff_t(j * LANES + l) * g.c_col, values[l], g.alpha, g.beta);
                 }
             }
@@ -208,38 +247,31 @@ inline void outerTile(const GemmBlock &g, size_t m, size_t n, size_t last) {
     }
 }
 
-template <class TB, class TC, size_t ROWS, size_t VECS>
-inline void outerTileVecs(const GemmBlock &g, size_t m, size_t n, size_t vecs, size_t last) {
-    if (vecs == VECS) {
-        if (last == LANES) {
-            outerTile<TB, TC, ROWS, VECS, false>(g, m, n, last);
-        } else {
-            outerTile<TB, TC, ROWS, VECS, true>(g, m, n, last);
-        }
-    } else if constexpr (VECS > 1) {
-        outerTileVecs<TB, TC, ROWS, VECS - 1>(g, m, n, vecs, last);
-    }
-}
-
-template <class TB, class TC, size_t ROWS>
-inline void outerTileAny(const GemmBlock &g, size_t m, size_t n, size_t rows, size_t vecs, size_t last) {
+template <class TB, class TC, size_t VECS, bool TAIL, size_t ROWS = OUTER_ROWS>
+inline void outerTileRows(const GemmBlock &g, size_t m, size_t n, size_t rows, size_t lanes) {
     if (rows == ROWS) {
-        outerTileVecs<TB, TC, ROWS, OUTER_VECS>(g, m, n, vecs, last);
+        outerTile<TB, TC, ROWS, VECS, TAIL>(g, m, n, lanes);
     } else if constexpr (ROWS > 1) {
-        outerTileAny<TB, TC, ROWS - 1>(g, m, n, rows, vecs, last);
+        outerTileRows<TB, TC, VECS, TAIL, ROWS - 1>(g, m, n, rows, lanes);
     }
 }
 
 template <class TB, class TC>
 void gemmOuter(const GemmBlock &g) {
     constexpr size_t WIDTH = OUTER_VECS * LANES;
-    for (size_t n = g.n0; n < g.n1; n += WIDTH) {
-        const size_t width = minOf(WIDTH, g.n1 - n);
-        const size_t vecs = (width + LANES - 1) / LANES;
-        const size_t last = width - (vecs - 1) * LANES;
+    for (size_t n = g.n0; n < g.n1;) {
+        const size_t left = g.n1 - n;
         for (size_t m = g.m0; m < g.m1; m += OUTER_ROWS) {
-            outerTileAny<TB, TC, OUTER_ROWS>(g, m, n, minOf(OUTER_ROWS, g.m1 - m), vecs, last);
+            const size_t rows = minOf(OUTER_ROWS, g.m1 - m);
+            if (left >= WIDTH) {
+                outerTileRows<TB, TC, OUTER_VECS, false>(g, m, n, rows, LANES);
+            } else if (left >= LANES) {
+                outerTileRows<TB, TC, 1, false>(g, m, n, rows, LANES);
+            } else {
+                outerTileRows<TB, TC, 1, true>(g, m, n, rows, left);
+            }
         }
+        n += left >= WIDTH ? WIDTH : minOf(LANES, left);
     }
 }
 

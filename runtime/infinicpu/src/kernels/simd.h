@@ -22,6 +22,21 @@ inline T maxOf(T a, T b) {
     return a < b ? b : a;
 }
 
+template <size_t I>
+struct Index {
+    static constexpr size_t value = I;
+};
+
+// fn(Index<0>{}), ..., fn(Index<N - 1>{}): a loop that is unrolled before anything else happens, so that an array
+// indexed by it becomes registers. The compiler's own unrolling comes too late for that.
+template <size_t N, size_t I = 0, class Fn>
+inline __attribute__((always_inline)) void unrolled(const Fn &fn) {
+    if constexpr (I < N) {
+        fn(Index<I>{});
+        unrolled<N, I + 1>(fn);
+    }
+}
+
 #if defined(__AVX512F__)
 
 constexpr size_t LANES = 16;

@@ -1,0 +1,602 @@
+"""The built engine against onnxruntime, step by step, and the bounds that say what may differ.
+
+Both sides get the same tokens at every step (onnxruntime's own greedy ones), so that a difference does not grow into another text. One step is right when the
+relative L2 error of its logits is within the bound of the engine's dtype:
+
+- f32: 1e-5 for models of up to 8 layers, 1e-4 for deeper ones: both sides sum in float32, in another order.
+- f16, bf16: twice the error that rounding weights and activations to that dtype makes in the reference itself. It is measured: the compiler's own graph is
+  interpreted in that dtype and in float32, on the tokens that are compared.
+
+A token that differs is AMBIGUOUS rather than wrong when the reference itself hardly prefers its own (see ``near_tie``).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codegen.build import from_checkpoint, from_onnx
+from frontend.config import load_config
+from frontend.export import export
+from frontend.ort import Past, Reference
+from ir import constants
+from ir.errors import BuildError, CheckpointError, ConfigError, GraphError
+from ir.graph import Graph
+from ir.interp import bind_inputs, run_node
+from ir.types import DTYPES
+from passes.lower import to_fused, to_model
+from runtime import infinicore
+from runtime.generation import schedule
+from runtime.infertask import check_tokens
+from runtime.manifest import Build, read_build
+from runtime.qwen3 import Qwen3ForCausalLM
+from runtime.tokenizer import Tokenizer
+
+STEPS = 16
+# Default prompts: one token (a prefill that looks like a decode step), a few, and enough to fill two blocks of a paged cache; with the steps after them every one
+# crosses the end of a block.
+PROMPT_LENGTHS = (1, 7, 33)
+SHALLOW_LAYERS = 8
+# Interpreting costs two runs of 2 * parameters operations per token. This many take about a minute on two cores; onnxruntime and the engine take theirs as well.
+ROUNDING_WORK = 2e12
+# onnxruntime gives logits for every position: long prompts go in pieces, or they alone would take gigabytes.
+REFERENCE_PIECE = 256
+
+PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
+_REFERENCE_DTYPES = {"tensor(float16)": "f16", "tensor(bfloat16)": "bf16"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One position of one prompt.
+
+    Attributes:
+        step: 0 for the prompt's last token, then one per greedy token.
+        position: of the token whose logits these are.
+        relative_l2, max_abs: of engine minus reference logits; NaN where the engine's are not finite.
+        engine_token, reference_token: the greedy choices.
+        margin: how much higher the reference's logit of its own choice is than that of the engine's; 0 where they agree.
+        near_tie: the largest margin that rounding explains.
+    """
+
+    step: int
+    position: int
+    relative_l2: float
+    max_abs: float
+    engine_token: int
+    reference_token: int
+    margin: float
+    near_tie: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding does to the reference: relative L2 errors over ``rows`` positions, measured on ``tokens`` tokens of ``sequences`` prompts."""
+
+    dtypes: tuple[str, ...]
+    largest: float
+    median: float
+    rows: int
+    tokens: int
+    sequences: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest relative L2 error of a step's logits that passes, and why it is that; None where rounding makes the reference itself overflow."""
+
+    relative_l2: float | None
+    why: str
+    rounding: Rounding | None = None
+
+
+@dataclass
+class Report:
+    """All that verify() found."""
+
+    build: str
+    target: str
+    dtype: str
+    kv: str
+    reference: str
+    weights: str
+    steps: int
+    bound: Bound
+    prompts: list[list[int]]
+    results: list[list[Step]]
+    verdict: str = ""
+    reason: str = ""
+    graph_relative_l2: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; what is not finite is null."""
+        return _plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of the manifest is needed here."""
+
+    dtype: str
+    kv: str
+    layers: int
+    vocabulary: int
+    context: int
+    source: Path
+    is_onnx: bool
+    weights_folder: Path
+    config_only: bool
+    meta: Mapping[str, Any]
+
+
+def verify(
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    text: str | None = None,
+    tokens: Sequence[int] | None = None,
+    steps: int = STEPS,
+    progress: Callable[[str], Any] | None = None,
+) -> Report:
+    """Compare a build with onnxruntime.
+
+    Args:
+        out: the build folder.
+        model: a checkpoint folder to compare with; default: what the build was made from. The engine takes its weights from where the build says; from
+            ``model`` only if there are none.
+        text, tokens: one prompt, as text for the checkpoint's tokenizer or as token ids; default: a few random ones.
+        steps: greedy tokens after each prompt.
+        progress: called with a line per stage.
+
+    Raises:
+        Qwen3Error: the build cannot run here, its checkpoint is gone or another one, or the prompt does not fit.
+    """
+    say = progress or (lambda line: None)
+    build = read_build(out)
+    sizes = sizes_of(build)
+    device = build.data["device"]
+    build.library  # noqa: B018 - says what is missing, before the work
+    chosen = None if model is None else Path(model)
+    reference_folder, engine_folder = _folders(build, sizes, chosen)
+    prompts = make_prompts(sizes, build, chosen, text, tokens, steps)
+    infinicore.load(build.data)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, line: str) -> Callable[[], None]:
+        say(line)
+        started = time.monotonic()
+        return lambda: seconds.update({name: round(time.monotonic() - started, 3)})
+
+    done = timed("reference", "running onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="qwen3-verify-") as folder:
+        reference = _open_reference(sizes, chosen, reference_folder, Path(folder) / "model.onnx")
+        expected = [run_reference(reference, prompt, steps) for prompt in prompts]
+        rounds_to = _REFERENCE_DTYPES.get(reference.session.get_outputs()[0].type)
+        del reference  # its float32 weights: the engine may need the memory
+    done()
+    vocabulary = expected[0].shape[1]
+    if vocabulary != sizes.vocabulary:
+        raise ConfigError(f"{reference_folder}: has a vocabulary of {vocabulary}, {out} was built for {sizes.vocabulary}")
+    greedy = [[int(row.argmax()) for row in rows[:steps]] for rows in expected]
+    done = timed("engine", "running the engine")
+    with Qwen3ForCausalLM(engine_folder, device=device, build=build.folder) as engine:
+        found, choices = run_engine(engine, prompts, greedy)
+    done()
+    dtypes = tuple(d for d in (sizes.dtype, rounds_to) if d is not None and d != "f32")
+    sequences = [prompt + rest for prompt, rest in zip(prompts, greedy)]
+    graph, rounding, graph_error = None, None, None
+    if dtypes:
+        done = timed("rounding", f"measuring what rounding to {' and '.join(dtypes)} does")
+        graph = _model_graph(sizes, chosen)
+        rounding, graph_error = measure_rounding(graph, reference_folder, sequences, expected, dtypes)
+        done()
+    bound = bound_of(sizes.layers, rounding)
+    results = [
+        [judge(s, len(prompt) - 1 + s, found[p][s], expected[p][s], choices[p][s], bound) for s in range(steps + 1)]
+        for p, prompt in enumerate(prompts)
+    ]
+    report = Report(
+        build=str(build.folder),
+        target=build.data["target"],
+        dtype=sizes.dtype,
+        kv=sizes.kv,
+        reference=str(reference_folder if chosen is not None or not sizes.is_onnx else sizes.source),
+        weights=str(engine_folder or sizes.weights_folder),
+        steps=steps,
+        bound=bound,
+        prompts=prompts,
+        results=results,
+        seconds=seconds,
+    )
+    report.verdict = verdict_of(results)
+    if report.verdict == FAIL and graph_error is None:
+        say("looking for the side that is wrong")
+        _, graph_error = measure_rounding(_model_graph(sizes, chosen), reference_folder, sequences, expected, ())
+    report.graph_relative_l2 = graph_error
+    report.reason = _reason(report, sizes)
+    return report
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def bound_of(layers: int, rounding: Rounding | None) -> Bound:
+    """The bound on the relative L2 error of logits; ``rounding`` is None for f32."""
+    if rounding is None:
+        if layers <= SHALLOW_LAYERS:
+            return Bound(1e-5, f"float32 sums in another order, up to {SHALLOW_LAYERS} layers")
+        return Bound(1e-4, f"float32 sums in another order, more than {SHALLOW_LAYERS} layers")
+    names = " and ".join(rounding.dtypes)
+    if not math.isfinite(rounding.largest):
+        return Bound(None, f"the reference itself overflows when it is rounded to {names}", rounding)
+    part = "" if rounding.complete else f", the first {rounding.tokens} tokens of {rounding.sequences} prompts only"
+    why = f"twice what rounding to {names} does to the reference ({rounding.largest:.2e} at the worst of {rounding.rows} positions{part})"
+    return Bound(2 * rounding.largest, why, rounding)
+
+
+def near_tie(expected: np.ndarray, bound: float) -> float:
+    """The largest margin between two logits that errors within the bound can turn over.
+
+    An error of relative size ``bound`` is ``bound * rms(logits)`` on each logit. Of V such errors the largest is about sqrt(2 ln V) times that (the expected
+    maximum of V normal variables), and either of the two logits may have it. (The errors that the step really has would not do: whatever is wrong, the
+    margin of two tokens that changed places is never more than they are.)
+
+    Args:
+        expected: the reference's logits, [V].
+    """
+    size = expected.size
+    rms = float(np.linalg.norm(expected.astype(np.float64))) / math.sqrt(size)
+    return 2 * bound * rms * math.sqrt(2 * math.log(max(size, 2)))
+
+
+def judge(step: int, position: int, found: np.ndarray, expected: np.ndarray, choice: int, bound: Bound) -> Step:
+    """Compare one row of logits, [V] each; ``choice`` is the token that the engine itself took."""
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    finite = bool(np.isfinite(a).all())
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b)) if finite and b.any() else (0.0 if finite and not a.any() else math.nan)
+    largest = float(np.abs(a - b).max()) if finite else math.nan
+    best = int(b.argmax())
+    known = 0 <= choice < b.size
+    margin = float(b[best] - b[choice]) if known else math.inf
+    limit = 0.0 if bound.relative_l2 is None else near_tie(expected, bound.relative_l2)
+    if bound.relative_l2 is None or not error <= bound.relative_l2 or not margin <= limit:
+        verdict = FAIL
+    else:
+        verdict = PASS if choice == best else AMBIGUOUS
+    return Step(step, position, error, largest, choice, best, margin, limit, verdict)
+
+
+def verdict_of(results: Sequence[Sequence[Step]]) -> str:
+    """The worst verdict of all steps."""
+    found = {step.verdict for steps in results for step in steps}
+    return next((v for v in (FAIL, AMBIGUOUS) if v in found), PASS)
+
+
+def _reason(report: Report, sizes: Sizes) -> str:
+    """One line that says what the verdict rests on."""
+    steps = [step for row in report.results for step in row]
+    differ = [s for s in steps if s.engine_token != s.reference_token]
+    worst = max((s.relative_l2 for s in steps), key=lambda e: math.inf if math.isnan(e) else e)
+    limit = "none" if report.bound.relative_l2 is None else f"{report.bound.relative_l2:.2e}"
+    if report.verdict != FAIL:
+        tokens = f"all {len(steps)} tokens equal" if not differ else f"{len(differ)} of {len(steps)} tokens differ, where the reference hardly prefers its own"
+        return f"{tokens}, relative L2 at most {worst:.2e} (bound {limit})"
+    p, first = next((p, s) for p, row in enumerate(report.results) for s in row if s.verdict == FAIL)
+    where = f"prompt {p}, step {first.step} (position {first.position})"
+    if report.bound.relative_l2 is None:
+        what = f"{report.bound.why}: build it in bf16 or f32"
+        return f"{where}: {what}"
+    if math.isnan(first.relative_l2):
+        what = "the engine's logits are not finite"
+    elif first.relative_l2 > report.bound.relative_l2:
+        what = f"relative L2 {first.relative_l2:.2e}, bound {limit}"
+    else:
+        what = f"token {first.engine_token} instead of {first.reference_token}, which the reference prefers by {first.margin:.3g} (near-tie up to {first.near_tie:.3g})"
+    return f"{where}: {what}; {_whose_fault(report.graph_relative_l2, sizes)}"
+
+
+def _whose_fault(graph_error: float | None, sizes: Sizes) -> str:
+    limit = bound_of(sizes.layers, None).relative_l2 or 0.0
+    if graph_error is None:
+        return "the compiled graph was not compared"
+    if graph_error <= limit:
+        return f"the compiled graph agrees with onnxruntime ({graph_error:.1e}): look at the weights, the emitted code and InfiniCore"
+    return f"the compiled graph differs from onnxruntime ({graph_error:.1e}): look at the import and the passes"
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------------------------------------
+
+
+def sizes_of(build: Build) -> Sizes:
+    """Raises BuildError where the manifest lacks something."""
+    data = build.data
+    try:
+        meta, model = data["meta"], data["model"]
+        return Sizes(
+            dtype=data["dtype"],
+            kv=data["kv"]["form"],
+            layers=int(meta["nlayer"]),
+            vocabulary=int(meta["dvoc"]),
+            context=int(meta["dctx"]),
+            source=Path(model["source"]["path"]),
+            is_onnx=model["source"]["kind"] == "onnx",
+            weights_folder=Path(model["weights_folder"]),
+            config_only=bool(model["config_only"]),
+            meta=meta,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BuildError(f"{build.folder / 'manifest.json'}: {error} is missing or malformed; build it again") from None
+
+
+def _folders(build: Build, sizes: Sizes, model: Path | None) -> tuple[Path, Path | None]:
+    """Where the reference's weights lie, and the folder that the engine is told to take its own from (None: where the build says)."""
+    own = sizes.weights_folder.is_dir() and not sizes.config_only
+    if model is not None:
+        _check_model(model, sizes, build)
+        return model, None if own else model
+    if sizes.config_only:
+        raise BuildError(f"{build.folder}: was compiled from a configuration alone (--config-only), so it has no weights; give a checkpoint with --model")
+    if not own or not sizes.source.exists():
+        missing = sizes.weights_folder if not own else sizes.source
+        raise CheckpointError(f"{missing}: {build.folder} was built from it, but it is not there; give a checkpoint with --model")
+    return sizes.weights_folder, None
+
+
+def _check_model(model: Path, sizes: Sizes, build: Build) -> None:
+    """A checkpoint of other sizes cannot be what was compiled."""
+    config = load_config(model)
+    fields = dict(
+        nlayer="num_hidden_layers",
+        d="hidden_size",
+        nh="num_attention_heads",
+        nkvh="num_key_value_heads",
+        dh="head_dim",
+        di="intermediate_size",
+        dvoc="vocab_size",
+    )
+    for name, hugging_face in fields.items():
+        has, wanted = getattr(config, hugging_face), sizes.meta.get(name)
+        if has != wanted:
+            raise ConfigError(f"{model}: has {hugging_face} {has}, {build.folder} was built for {wanted}")
+
+
+def make_prompts(
+    sizes: Sizes,
+    build: Build,
+    model: Path | None,
+    text: str | None,
+    tokens: Sequence[int] | None,
+    steps: int,
+) -> list[list[int]]:
+    """The prompts' token ids, checked against vocabulary and context.
+
+    Raises:
+        ConfigError: both a text and tokens, a token outside the vocabulary, or more than the context holds.
+    """
+    if text is not None and tokens is not None:
+        raise ConfigError("--prompt and --tokens: found both, expected one of them")
+    if steps < 0:
+        raise ConfigError(f"--steps {steps}: expected 0 or more")
+    if steps + 1 > sizes.context:
+        raise ConfigError(f"--steps {steps}: the build has a context of {sizes.context} tokens, expected at most {sizes.context - 1}")
+    if text is None and tokens is None:
+        lengths = sorted({min(n, sizes.context - steps) for n in PROMPT_LENGTHS})
+        return [spread_tokens(n, sizes.vocabulary, seed) for seed, n in enumerate(lengths)]
+    if tokens is not None:
+        option, ids = "--tokens", list(tokens)
+    else:
+        option, ids = "--prompt", _encode(text or "", [model, build.checkpoint_folder, sizes.weights_folder])
+    ids = check_tokens(ids, sizes.vocabulary, option)
+    if len(ids) + steps > sizes.context:
+        raise ConfigError(f"{option}: {len(ids)} tokens and {steps} steps, expected at most {sizes.context} together, the build's context")
+    return [ids]
+
+
+def _encode(text: str, folders: Sequence[Path | None]) -> list[int]:
+    for folder in folders:
+        tokenizer = Tokenizer.find(folder)
+        if tokenizer is not None:
+            return tokenizer.encode(text)
+    places = " or ".join(str(f) for f in dict.fromkeys(folders) if f is not None)
+    raise ConfigError(f"--prompt: there is no tokenizer.json in {places}; give --tokens instead")
+
+
+def spread_tokens(count: int, vocabulary: int, seed: int) -> list[int]:
+    """Random ids, one from each of ``count`` equal parts of the vocabulary, shuffled."""
+    rng = np.random.default_rng(seed)
+    edges = np.arange(count) * vocabulary / count
+    ids = np.minimum(edges + rng.random(count) * vocabulary / count, vocabulary - 1).astype(np.int64)
+    return rng.permutation(ids).tolist()
+
+
+# --- the two sides --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _open_reference(sizes: Sizes, model: Path | None, folder: Path, temporary: Path) -> Reference:
+    if model is None and sizes.is_onnx:
+        return Reference(sizes.source)
+    export(folder, temporary, opset=18)
+    return Reference(temporary, folder)
+
+
+def run_reference(reference: Reference, prompt: Sequence[int], steps: int) -> np.ndarray:
+    """Logits after the prompt and after each of ``steps`` greedy tokens, [steps + 1, V]; a token is the argmax of the row before it.
+
+    Raises:
+        GraphError: they are not finite.
+    """
+    rows: list[np.ndarray] = []
+    past: Past | None = None
+    tokens = list(prompt)
+    if reference.past_names:
+        for start in range(0, len(tokens), REFERENCE_PIECE):
+            logits, past = reference.logits(tokens[start : start + REFERENCE_PIECE], past)
+        rows.append(logits[-1].copy())
+        while len(rows) <= steps:
+            logits, past = reference.logits([int(rows[-1].argmax())], past)
+            rows.append(logits[-1].copy())
+    else:
+        while len(rows) <= steps:
+            rows.append(reference.logits(tokens)[0][-1].copy())
+            tokens.append(int(rows[-1].argmax()))
+    if not all(np.isfinite(row).all() for row in rows):
+        raise GraphError(f"{reference.path}: onnxruntime's logits are not finite, so there is nothing to compare with")
+    return np.stack(rows)
+
+
+def run_engine(model: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[list[int]]]:
+    """All prompts as one ragged batch, then one token each per step.
+
+    Args:
+        given: [prompts][steps] the tokens that are fed.
+
+    Returns:
+        logits [prompts, steps + 1, V], and the tokens that the engine itself takes at each step, [prompts][steps + 1]. They come from a second call that
+        computes the step's last token once more, over the cache's last entry.
+    """
+    engine, count, steps = model.engine, len(prompts), len(given[0])
+    lengths = [len(p) for p in prompts]
+    logits = np.empty((count, steps + 1, model.vocab_size()), np.float32)
+    choices: list[list[int]] = [[] for _ in prompts]
+    caches: list[int] = []
+    try:
+        for length in lengths:
+            caches.append(model.create_kv_cache(length + steps))
+        for pieces in schedule(lengths, model.prefill_chunk):
+            batch = [t for i, start, stop in pieces for t in prompts[i][start:stop]]
+            rows = engine.forward(batch, [b - a for _, a, b in pieces], [a for _, a, _ in pieces], [caches[i] for i, _, _ in pieces])
+            for row, (i, _, stop) in zip(rows, pieces):
+                if stop == lengths[i]:
+                    logits[i, 0] = row
+        last = [p[-1] for p in prompts]
+        for step in range(steps + 1):
+            ones, positions = [1] * count, [n - 1 + step for n in lengths]
+            if step:
+                last = [tokens[step - 1] for tokens in given]
+                logits[:, step] = engine.forward(last, ones, positions, caches)
+            for tokens, token in zip(choices, engine.infer(last, ones, positions, caches, [1.0] * count, ones, [1.0] * count, [0.0] * count)):
+                tokens.append(int(token))
+    finally:
+        for cache in caches:
+            engine.drop_cache(cache)
+    return logits, choices
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _model_graph(sizes: Sizes, model: Path | None) -> Graph:
+    """The graph that was compiled, at stage "model"."""
+    if sizes.is_onnx and model is None:
+        return to_model(from_onnx(sizes.source).graph)
+    return to_model(from_checkpoint(model or sizes.source, config_only=False).graph)
+
+
+def measure_rounding(
+    graph: Graph,
+    folder: Path,
+    sequences: Sequence[Sequence[int]],
+    expected: Sequence[np.ndarray],
+    dtypes: Sequence[str],
+) -> tuple[Rounding | None, float]:
+    """Interpret a graph in float32 and in each of ``dtypes``, on the positions that are compared.
+
+    The interpreter rounds every op's result once, as InfiniCore's kernels do. Weights are rounded too: the float32 run has them as the checkpoint does.
+
+    Args:
+        graph: at stage "model".
+        expected: per sequence, the reference's logits of its last positions.
+
+    Returns:
+        the errors of rounding (of several dtypes: their sums; None without any), and the largest relative L2 error of the float32 run against ``expected``.
+    """
+    parts, complete = within_budget(sequences, sum(math.prod(c.data.shape) for c in graph.constants.values()))
+    rows = [min(len(expected[i]), n) for i, n in parts]
+    tokens = [list(sequences[i][:n]) for i, n in parts]
+    exact = interpret(to_fused(graph, "f32"), folder, tokens, rows)
+    pairs = [(exact[p], expected[i]) for p, (i, n) in enumerate(parts) if n == len(sequences[i])]
+    graph_error = max((_errors(a, b).max() for a, b in pairs), default=math.nan)
+    if not dtypes:
+        return None, float(graph_error)
+    total = np.zeros(sum(rows))
+    for dtype in dtypes:
+        rounded = interpret(to_fused(graph, dtype), folder, tokens, rows)
+        total += np.concatenate([_errors(a, b) for a, b in zip(rounded, exact)])
+    largest, median = (float(total.max()), float(np.median(total))) if np.isfinite(total).all() else (math.inf, math.inf)
+    rounding = Rounding(tuple(dtypes), largest, median, len(total), sum(map(len, tokens)), len(parts), complete)
+    return rounding, float(graph_error)
+
+
+def within_budget(sequences: Sequence[Sequence[int]], parameters: int) -> tuple[list[tuple[int, int]], bool]:
+    """Which sequences are interpreted, and how much of each, for about ROUNDING_WORK operations: short ones first, at least two tokens of the first.
+
+    Returns:
+        (sequence, tokens) pairs, and whether that is all.
+    """
+    room = max(int(ROUNDING_WORK / (4 * max(parameters, 1))), 2)
+    parts: list[tuple[int, int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        taken = min(len(sequences[i]), room)
+        if taken == len(sequences[i]) or not parts:
+            parts.append((i, taken))
+            room -= taken
+    return sorted(parts), len(parts) == len(sequences) and all(n == len(sequences[i]) for i, n in parts)
+
+
+def _errors(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Relative L2 error of each row."""
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    return np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def interpret(graph: Graph, folder: Path, sequences: Sequence[Sequence[int]], rows: Sequence[int]) -> list[np.ndarray]:
+    """Run a fused graph on sequences from their starts; returns float32 logits of the last ``rows[i]`` positions of sequence i.
+
+    Weights are read when they are needed and dropped after it, so that a large model takes no more memory than its largest weight.
+    """
+    lengths = np.array([len(s) for s in sequences], np.int32)
+    ends = np.cumsum(lengths)
+    chosen = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, rows)])
+    feeds: dict[str, np.ndarray] = {
+        "tokens": np.concatenate([np.asarray(s) for s in sequences]).astype(np.int32),
+        "positions": np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
+        "lens": lengths,
+        "starts": np.zeros(len(sequences), np.int32),
+        "rows": chosen.astype(np.int32),
+    }
+    for value in graph.inputs:
+        if value.name.startswith(("k_cache.", "v_cache.")):
+            _, heads, _, dim = value.type.shape
+            feeds[value.name] = np.zeros((len(sequences), heads, int(lengths.max()), dim), DTYPES[value.type.dtype].numpy)  # type: ignore[arg-type]
+    symbols = bind_inputs(graph, feeds, {})
+    env = dict(feeds)
+    last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is seen in the result
+        for i, node in enumerate(graph.nodes):
+            env.update({n: constants.load(graph.constants[n].data, folder) for n in node.inputs if n in graph.constants and n not in env})
+            run_node(node, env, symbols, float64=False)
+            for name in {*node.inputs, *(v.name for v in node.outputs)}:
+                if last.get(name, -1) <= i and name != graph.outputs[0]:
+                    env.pop(name, None)
+    logits = env[graph.outputs[0]].astype(np.float32)
+    return np.split(logits, np.cumsum(rows)[:-1])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
