@@ -144,6 +144,8 @@ class Emitter:
         create = [self.desc(p) for p, _ in places] + [self.create_argument(a, attrs) for a in spec.create]
         member = struct.member(spec, readable(node), create)
         args = [self.pointer(p, v, scope) for p, v in places] + [self.call_argument(a, attrs) for a in spec.call]
+        if node.op == "infini.gemm" and places[2][0].buffer == "input_embd":
+            args[2] = weight_expression("output_embd")  # tied, but scale_input is for the embedding alone
         return [self.described(node, scope, style="op", member=member, args=args)]
 
     def operand(self, node: Node, which: str, scope: str) -> tuple[Place, str]:

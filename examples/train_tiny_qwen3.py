@@ -1,11 +1,11 @@
 """Train the bundled tiny Qwen3 checkpoint: tokenizer, weights and configuration files, from nothing.
 
     pip install -e '.[train]'
-    python examples/train_tiny_qwen3.py                      # about 20 minutes on two CPU cores
+    python examples/train_tiny_qwen3.py                      # 20 to 25 minutes on two idle CPU cores
     python examples/train_tiny_qwen3.py --evaluate           # only measure the checkpoint that is there
 
 The checkpoint is written at the end, into --out, each file by renaming; one that answers more sums right is kept unless
---force is given. The same seed, thread count and PyTorch give the same weights.
+--force is given. Everything random follows from --seed.
 """
 
 from __future__ import annotations

@@ -233,7 +233,12 @@ class GraphEditor:
         names: dict[str, str] = {}
         wishes = [*zip(graph.outputs, self.outputs), *self._hints.items()]
         for name, wish in wishes:
-            if name != wish and wish not in live and name not in names and (name in computed or name in graph.constants):
+            if (
+                name != wish
+                and wish not in live
+                and name not in names
+                and (name in computed or name in graph.constants)
+            ):
                 names[name] = wish
                 live.add(wish)
         return names

@@ -1,12 +1,12 @@
 """The textual form of a graph: one line per value, prints and parses back to an equal graph.
 
-    graph tiny @fused {
-      meta {"opset": 23}
-      input %ids: i32[T]
-      const %w: bf16[96, 40] = file("model.safetensors", "model.norm.weight", bf16[96, 40], 1024)
-      %y: f32[T, 96] = linear(%x, %w)  // /model/layers.0/self_attn/q_proj/MatMul
-      output %y
-    }
+graph tiny @fused {
+  meta {"opset": 23}
+  input %ids: i32[T]
+  const %w: bf16[96, 40] = file("model.safetensors", "model.norm.weight", bf16[96, 40], 1024)
+  %y: f32[T, 96] = linear(%x, %w)  // /model/layers.0/self_attn/q_proj/MatMul
+  output %y
+}
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _node_lines(node: Node, indent: str) -> Iterator[str]:
 
 
 def _name(name: str) -> str:
-    return name if re.fullmatch(r"[\w./:\-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[\w./:\-]*[\w./\-]", name) else json.dumps(name)
 
 
 def _value(value: Value) -> str:
@@ -234,7 +234,13 @@ class _Line:
                 raw = base64.b64decode(json.loads(self.take("string")))
                 return Inline(np.frombuffer(raw, dtype).reshape(shape))
             text = self.take("number", "True", "False")
-            numbers.append({"True": True, "False": False}.get(text) if text in ("True", "False") else float(text) if DTYPES[type_.dtype].is_float else int(text))
+            numbers.append(
+                {"True": True, "False": False}.get(text)
+                if text in ("True", "False")
+                else float(text)
+                if DTYPES[type_.dtype].is_float
+                else int(text)
+            )
         return Inline(np.array(numbers, dtype).reshape(shape))
 
     def attr(self) -> Any:
@@ -306,7 +312,10 @@ def _parse_graph(lines: list[_Line], i: int) -> tuple[int, Graph]:
     head.end()
     i += 1
     meta: dict[str, Any] = {}
-    inputs, outputs, constants, nodes = [], [], {}, []
+    inputs: list[Value] = []
+    outputs: list[str] = []
+    constants: dict[str, Constant] = {}
+    nodes: list[Node] = []
     while True:
         here = line()
         token = here.peek()
@@ -372,14 +381,12 @@ def _parse_node(line: _Line) -> Node:
     return Node(op, tuple(operands), tuple(outputs), attrs, origin)
 
 
+_QUOTED = re.compile(r"""(?:[^"'/]|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|/)*?(?=  // |$)""")
+
+
 def _split_comment(text: str) -> tuple[str, str, str]:
-    """Split at the first ``//`` outside of quotes."""
-    quote = ""
-    for i, c in enumerate(text):
-        if quote:
-            quote = "" if c == quote and text[i - 1] != "\\" else quote
-        elif c in "\"'":
-            quote = c
-        elif text.startswith("  // ", i):
-            return text[:i], "//", text[i + 5 :]
-    return text, "", ""
+    """Split at the first ``  // `` outside of quotes."""
+    match = _QUOTED.match(text)
+    if match is None or match.end() == len(text):
+        return text, "", ""
+    return text[: match.end()], "//", text[match.end() + 5 :]

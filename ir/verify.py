@@ -25,7 +25,9 @@ def verify(graph: Graph, stages: Collection[str] = ()) -> Graph:
     graph.values  # raises where a name is defined twice
     for constant in graph.constants.values():
         if tuple(constant.data.shape) != constant.value.type.shape or constant.data.dtype != constant.value.type.dtype:
-            raise GraphError(f"{graph.name}: constant {constant.name} is {constant.value.type}, its data is {constant.data.dtype}{list(constant.data.shape)}")
+            raise GraphError(
+                f"{graph.name}: constant {constant.name} is {constant.value.type}, its data is {constant.data.dtype}{list(constant.data.shape)}"
+            )
     for node in graph.nodes:
         _check_node(graph, node, defined, stages or (graph.stage,))
         defined.update(v.name for v in node.outputs)
@@ -42,7 +44,9 @@ def _check_node(graph: Graph, node: Node, defined: set[str], stages: Collection[
         raise GraphError(f"{where}: the op is legal at stage {', '.join(definition.stages)} only")
     most = definition.max_inputs()
     if len(node.inputs) < definition.min_inputs() or (most is not None and len(node.inputs) > most):
-        raise GraphError(f"{where}: {len(node.inputs)} operands, the op takes {' '.join(definition.operands) or 'none'}")
+        raise GraphError(
+            f"{where}: {len(node.inputs)} operands, the op takes {' '.join(definition.operands) or 'none'}"
+        )
     for i, name in enumerate(node.inputs):
         if not name:
             if i < len(definition.operands) and not definition.operands[i].endswith(("?", "*")):

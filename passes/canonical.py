@@ -54,7 +54,9 @@ def _explain(graph: Graph, node: Node) -> str:
         near.update({v.name: None for n in edge for v in n.outputs})
     closest = explain(graph, rules, list(near))
     where = f" (ONNX node {' ; '.join(node.origin)})" if node.origin else ""
-    return f"{graph.name}: {node.op} -> {node.output}{where} is part of nothing that can be compiled" + (f"; closest: {closest}" if closest else "")
+    return f"{graph.name}: {node.op} -> {node.output}{where} is part of nothing that can be compiled" + (
+        f"; closest: {closest}" if closest else ""
+    )
 
 
 def _joined_reshapes(graph: Graph) -> Graph:
@@ -240,7 +242,9 @@ class Names:
         self.weight(gate, f"{module}.mlp.gate_proj")
         self.give(act.output, f"act.{i}")
         self.give(product.output, f"ffn.{i}")
-        up = next((p for v in product.inputs if v != act.output and (p := self.producer(v, "linear")) is not None), None)
+        up = next(
+            (p for v in product.inputs if v != act.output and (p := self.producer(v, "linear")) is not None), None
+        )
         if up is not None:
             self.give(up.output, f"up.{i}")
             self.weight(up, f"{module}.mlp.up_proj")

@@ -61,7 +61,9 @@ class Subgraph:
             nodes.append(node)
             todo.extend(i for i in node.inputs if i)
         used = {i for n in nodes for i in n.inputs} | set(outputs)
-        inputs = [v for v in graph.inputs if v.name in used and v.name not in cut] + [v for n, v in cut.items() if n in used]
+        inputs = [v for v in graph.inputs if v.name in used and v.name not in cut] + [
+            v for n, v in cut.items() if n in used
+        ]
         constants = {k: graph.constants[k] for k in used if k in graph.constants}
         ordered = toposort(nodes[::-1], outputs, graph.name)
         self.graph = Graph(graph.name, graph.stage, tuple(inputs), tuple(outputs), constants, tuple(ordered))
@@ -109,7 +111,9 @@ class Sample:
                 sizes = [self.batch, None, self.past, None]
                 shape = [d if isinstance(d, int) else s for d, s in zip(value.type.shape, sizes)]
                 # In its own dtype: converting would take the memory after all.
-                array = np.broadcast_to(np.zeros((), DTYPES[value.type.dtype].numpy), [1 if s is None else s for s in shape])
+                array = np.broadcast_to(
+                    np.zeros((), DTYPES[value.type.dtype].numpy), [1 if s is None else s for s in shape]
+                )
             arrays[value.name] = array.astype(DTYPES[value.type.dtype].numpy, copy=False)
         return arrays
 

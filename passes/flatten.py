@@ -48,7 +48,9 @@ class _Flattener:
         names = list(dict.fromkeys(n.inputs[i] for n in self.graph.nodes if n.op == op))
         inputs = {v.name for v in self.graph.inputs}
         if len(names) > 1 or not set(names) <= inputs:
-            raise UnsupportedError(f"{self.graph.name}: {op} reads {' and '.join(names)}; expected one input of the graph")
+            raise UnsupportedError(
+                f"{self.graph.name}: {op} reads {' and '.join(names)}; expected one input of the graph"
+            )
         return names[0] if names else ""
 
     def _check_inputs(self) -> None:
@@ -57,10 +59,21 @@ class _Flattener:
             for node in self.graph.consumers[value.name]:
                 places = {i for i, name in enumerate(node.inputs) if name == value.name}
                 if not places <= allowed.get(node.op, set()):
-                    raise UnsupportedError(f"{self.graph.name}: {node.op} {node.output} reads input {value.name}; it should come through embedding, rope or attention")
+                    raise UnsupportedError(
+                        f"{self.graph.name}: {node.op} {node.output} reads input {value.name}; it should come through embedding, rope or attention"
+                    )
 
     def run(self) -> tuple[Graph, int]:
-        inputs = [self._input(name, "i32", dim) for name, dim in (("tokens", TOKENS), ("positions", TOKENS), ("lens", REQUESTS), ("starts", REQUESTS), ("rows", ROWS))]
+        inputs = [
+            self._input(name, "i32", dim)
+            for name, dim in (
+                ("tokens", TOKENS),
+                ("positions", TOKENS),
+                ("lens", REQUESTS),
+                ("starts", REQUESTS),
+                ("rows", ROWS),
+            )
+        ]
         self.types.update({k: c.value.type for k, c in self.graph.constants.items()})
         logits = self._logits()
         for node in self.graph.nodes:
@@ -74,7 +87,9 @@ class _Flattener:
             outputs += [f"k_cache_out.{i}", f"v_cache_out.{i}"]
         used = {i for n in self.nodes for i in n.inputs}
         constants: dict[str, Constant] = {k: c for k, c in self.graph.constants.items() if k in used}
-        graph = Graph(self.graph.name, "fused", tuple(inputs), tuple(outputs), constants, tuple(self.nodes), self.graph.meta)
+        graph = Graph(
+            self.graph.name, "fused", tuple(inputs), tuple(outputs), constants, tuple(self.nodes), self.graph.meta
+        )
         return graph, len(self.caches)
 
     def _input(self, name: str, dtype: str, *shape: Dim) -> Value:
@@ -90,10 +105,14 @@ class _Flattener:
         for node in self.graph.nodes:
             for name in node.inputs:
                 if name in presents:
-                    raise UnsupportedError(f"{self.graph.name}: {node.op} {node.output} reads {name}, the present keys or values; only an output may")
+                    raise UnsupportedError(
+                        f"{self.graph.name}: {node.op} {node.output} reads {name}, the present keys or values; only an output may"
+                    )
         rest = [o for o in self.graph.outputs if o not in presents]
         if len(rest) != 1:
-            raise UnsupportedError(f"{self.graph.name}: outputs are {', '.join(rest) or 'caches only'}; expected logits and caches")
+            raise UnsupportedError(
+                f"{self.graph.name}: outputs are {', '.join(rest) or 'caches only'}; expected logits and caches"
+            )
         return rest[0]
 
     def _node(self, node: Node, logits: str) -> None:
@@ -114,7 +133,9 @@ class _Flattener:
                 inputs = (self._gather(inputs[0]), *inputs[1:])
             self._emit(node, inputs, self._attrs(node))
         else:
-            raise UnsupportedError(f"{self.graph.name}: {node.op} {node.output} may mix tokens; only attention can in an engine that runs ragged batches")
+            raise UnsupportedError(
+                f"{self.graph.name}: {node.op} {node.output} may mix tokens; only attention can in an engine that runs ragged batches"
+            )
         if node.output == logits and node.op != "linear":
             self.names[logits] = self._gather(logits)
 
@@ -124,21 +145,31 @@ class _Flattener:
     def _token_operand(self, node: Node, i: int) -> None:
         name = node.inputs[i]
         if name not in self.types or name in self.graph.constants:
-            raise UnsupportedError(f"{self.graph.name}: {node.op} {node.output} reads {name}, which does not hold one row per token")
+            raise UnsupportedError(
+                f"{self.graph.name}: {node.op} {node.output} reads {name}, which does not hold one row per token"
+            )
 
     def _prefix(self, node: Node, shape: tuple[Dim, ...]) -> int:
         """How many leading axes stand for the tokens."""
         whole = dim_product((self.batch, self.seq))
         for n in range(1, len(shape) + 1):
-            if dim_product(shape[:n]) == whole and all(isinstance(d, int) for d in shape[n:]) and not (n < 2 and isinstance(whole, int)):
+            if (
+                dim_product(shape[:n]) == whole
+                and all(isinstance(d, int) for d in shape[n:])
+                and not (n < 2 and isinstance(whole, int))
+            ):
                 return n
-        raise UnsupportedError(f"{self.graph.name}: {node.op} {node.output} is [{', '.join(map(str, shape))}], which does not keep tokens [{self.batch}, {self.seq}] apart")
+        raise UnsupportedError(
+            f"{self.graph.name}: {node.op} {node.output} is [{', '.join(map(str, shape))}], which does not keep tokens [{self.batch}, {self.seq}] apart"
+        )
 
     def _attrs(self, node: Node) -> dict:
         shape = self.graph.type(node.inputs[0]).shape
         prefix = self._prefix(node, shape)
         if node.op in ("linear", "rms_norm") and prefix == len(shape):
-            raise UnsupportedError(f"{self.graph.name}: {node.op} {node.output} works across tokens: its operand is {self.graph.type(node.inputs[0])}")
+            raise UnsupportedError(
+                f"{self.graph.name}: {node.op} {node.output} works across tokens: its operand is {self.graph.type(node.inputs[0])}"
+            )
         if node.op == "reshape":
             target = tuple(node.attrs["shape"])
             return {**node.attrs, "shape": (TOKENS, *target[self._prefix(node, target) :])}
@@ -154,7 +185,9 @@ class _Flattener:
         for operand in range(3):
             self._token_operand(node, operand)
         if graph.type(node.inputs[0]).shape[:2] != (self.batch, self.seq):
-            raise UnsupportedError(f"{graph.name}: attention {node.output} is over {graph.type(node.inputs[0])}, not over the tokens [{self.batch}, {self.seq}]")
+            raise UnsupportedError(
+                f"{graph.name}: attention {node.output} is over {graph.type(node.inputs[0])}, not over the tokens [{self.batch}, {self.seq}]"
+            )
         k = self.types[self._of(node.inputs[1])]
         cache = (REQUESTS, k.shape[1], CAPACITY, k.shape[2])
         self.caches.append((self._input(f"k_cache.{i}", k.dtype, *cache), self._input(f"v_cache.{i}", k.dtype, *cache)))
@@ -164,16 +197,25 @@ class _Flattener:
 
     def _gather(self, x: str) -> str:
         if len(self.types[x].shape) != 2:
-            raise UnsupportedError(f"{self.graph.name}: the logits come from {x}, {self.types[x]}, which is no row per token")
+            raise UnsupportedError(
+                f"{self.graph.name}: the logits come from {x}, {self.types[x]}, which is no row per token"
+            )
         # The result of the graph keeps the name logits; what is chosen from another value says so.
         name = f"{x}_rows"
         while name in self.types or name in self.graph.values:
             name += "_"
-        node = Node("gather_rows", (x, "rows"), (Value(name, TensorType(self.types[x].dtype, (ROWS, self.types[x].shape[1]))),), {})
+        node = Node(
+            "gather_rows",
+            (x, "rows"),
+            (Value(name, TensorType(self.types[x].dtype, (ROWS, self.types[x].shape[1]))),),
+            {},
+        )
         self._append(node)
         return name
 
-    def _emit(self, node: Node, inputs: tuple[str, ...], attrs: dict | None = None, op: str = "", names: tuple[str, ...] = ()) -> None:
+    def _emit(
+        self, node: Node, inputs: tuple[str, ...], attrs: dict | None = None, op: str = "", names: tuple[str, ...] = ()
+    ) -> None:
         attrs = dict(node.attrs) if attrs is None else attrs
         op, names = op or node.op, names or tuple(v.name for v in node.outputs)
         results = infer(op, [self.types[i] if i else None for i in inputs], attrs)

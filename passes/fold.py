@@ -69,7 +69,12 @@ class _Folder:
             if any(_elements(self.shapes.types[v.name]) > _SMALL for v in node.outputs):
                 return False
             env = {i: o.array for i, o in zip(node.inputs, operands) if isinstance(o, Inline)}
-            run_node(replace(node, outputs=tuple(Value(v.name, self.shapes.types[v.name]) for v in node.outputs)), env, {}, False)
+            run_node(
+                replace(node, outputs=tuple(Value(v.name, self.shapes.types[v.name]) for v in node.outputs)),
+                env,
+                {},
+                False,
+            )
             results = [Inline(env[v.name]) for v in node.outputs]
         for i, data in enumerate(results):
             self._put(node, data, i)
@@ -93,11 +98,19 @@ class _Folder:
         name, axis = self.sizes[found.dims[0]]
         if node.op == "onnx.Shape" and node.inputs[0] == name:
             return False
-        size = Node("onnx.Shape", (name,), (Value(self.editor.fresh(f"{name}.size"), TensorType("i64", (1,))),), {"start": axis, "end": axis + 1}, node.origin)
+        size = Node(
+            "onnx.Shape",
+            (name,),
+            (Value(self.editor.fresh(f"{name}.size"), TensorType("i64", (1,))),),
+            {"start": axis, "end": axis + 1},
+            node.origin,
+        )
         if found.scalar:
             self.nodes.append(size)
             axes = self.editor.constant("axis_0", Inline(np.array([0], np.int64)))
-            size = Node("onnx.Squeeze", (size.output, axes), (Value(node.output, node.outputs[0].type),), {}, node.origin)
+            size = Node(
+                "onnx.Squeeze", (size.output, axes), (Value(node.output, node.outputs[0].type),), {}, node.origin
+            )
         else:
             size = replace(size, outputs=(Value(node.output, node.outputs[0].type),))
         self.nodes.append(size)
@@ -133,7 +146,9 @@ def _elements(type_: TensorType) -> int:
 
 
 def _reshape_constant(source: tuple[Dim, ...], target: tuple[Dim, ...]) -> list[int] | None:
-    wanted = [d if isinstance(d, int) else 0 if i < len(source) and source[i] == d else -1 for i, d in enumerate(target)]
+    wanted = [
+        d if isinstance(d, int) else 0 if i < len(source) and source[i] == d else -1 for i, d in enumerate(target)
+    ]
     return wanted if wanted.count(-1) <= 1 else None
 
 
@@ -231,7 +246,9 @@ def clean(graph: Graph) -> tuple[Graph, int]:
         node = _join_transposes(node, nodes)
         same = _same_value(node, graph, nodes, editor)
         # An output that is an input or a constant needs a node of its own.
-        if same is not None and not (node.output in graph.outputs and (same in given or same in editor.constants or same in graph.outputs)):
+        if same is not None and not (
+            node.output in graph.outputs and (same in given or same in editor.constants or same in graph.outputs)
+        ):
             editor.replace(node.output, same)
             count += 1
             continue
@@ -302,7 +319,11 @@ def _cast_back(node: Node, nodes: dict[str, Node]) -> str | None:
     if node.op != "onnx.Cast" or before is None or before.op != "onnx.Cast":
         return None
     narrow = _type_of(before.inputs[0], nodes)
-    return before.inputs[0] if narrow and narrow.dtype == node.outputs[0].type.dtype and holds(before.outputs[0].type.dtype, narrow.dtype) else None
+    return (
+        before.inputs[0]
+        if narrow and narrow.dtype == node.outputs[0].type.dtype and holds(before.outputs[0].type.dtype, narrow.dtype)
+        else None
+    )
 
 
 def _type_of(name: str, nodes: dict[str, Node]) -> TensorType | None:
@@ -324,4 +345,3 @@ def _neutral(node: Node, editor: GraphEditor) -> str | None:
             if constant.data.array.reshape(-1)[0] == number and editor.type(x) == node.outputs[0].type:
                 return x
     return None
-

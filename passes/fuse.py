@@ -63,7 +63,9 @@ class NormRope(Rule):
     name = "norm_rope"
 
     def pattern(self) -> Pattern:
-        return Op("rope", Op("rms_norm", Var("x"), Const("w"), bind="norm"), Var("positions"), Var("inv_freq"), bind="rope")
+        return Op(
+            "rope", Op("rms_norm", Var("x"), Const("w"), bind="norm"), Var("positions"), Var("inv_freq"), bind="rope"
+        )
 
     def check(self, match: Match) -> str | None:
         norm = match.bound["norm"]
@@ -235,5 +237,3 @@ def retype(dtype: str):
 def _converted(data: ConstData, dtype: str) -> ConstData:
     """A Cast around the whole, so that parts of a merged weight stay visible inside of it."""
     return converted(data, dtype) if isinstance(data, Cast) else Cast(data, dtype)
-
-

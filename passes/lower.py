@@ -30,7 +30,13 @@ def _fuse(name: str, doc: str) -> Pass:
 
 
 MODEL_PIPELINE: tuple[Pass, ...] = (
-    Pass("fold_constants", fold_constants, "onnx", "onnx", "evaluate what depends on constants only; follow shapes symbolically"),
+    Pass(
+        "fold_constants",
+        fold_constants,
+        "onnx",
+        "onnx",
+        "evaluate what depends on constants only; follow shapes symbolically",
+    ),
     Pass("clean", clean, "onnx", "onnx", "drop no-ops, join transpositions, compute equal things once"),
     _raise("raise_linear", raise_with("raise_linear"), "products with constant matrices"),
     _raise("raise_rms_norm", raise_with("raise_rms_norm"), "root-mean-square norms"),
@@ -44,7 +50,9 @@ MODEL_PIPELINE: tuple[Pass, ...] = (
 )
 
 FUSED_PIPELINE: tuple[Pass, ...] = (
-    Pass("flatten", flatten, "model", "fused", "batch x sequence to a ragged batch of tokens; attention owns the caches"),
+    Pass(
+        "flatten", flatten, "model", "fused", "batch x sequence to a ragged batch of tokens; attention owns the caches"
+    ),
     _fuse("fuse_swiglu", "silu and product to one op"),
     _fuse("merge_qkv", "query, key and value projections to one linear"),
     _fuse("merge_gate_up", "gate and up projections to one linear"),
@@ -87,7 +95,10 @@ def to_fused(
     unknown = sorted(set(disable) - set(OPTIONAL))
     if unknown:
         raise GraphError(f"pass {unknown[0]!r} cannot be disabled; these can: {', '.join(OPTIONAL)}")
-    passes = [*FUSED_PIPELINE, Pass("retype", retype(dtype), "fused", "fused", f"activations, caches and weights in {dtype}")]
+    passes = [
+        *FUSED_PIPELINE,
+        Pass("retype", retype(dtype), "fused", "fused", f"activations, caches and weights in {dtype}"),
+    ]
     if graph.stage == "onnx":
         passes = [*MODEL_PIPELINE, *passes]
     return run_passes(graph, passes, disable=disable, dump_dir=dump_dir, log=log)

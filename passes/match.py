@@ -53,7 +53,9 @@ class Const(Pattern):
 class Op(Pattern):
     """A node of one of ``ops`` ("Mul" or "Mul|Div") whose operands match; ``output`` picks which of its results the value is, None any."""
 
-    def __init__(self, ops: str, *operands: Pattern, bind: str = "", output: int | None = 0, more: bool = False) -> None:
+    def __init__(
+        self, ops: str, *operands: Pattern, bind: str = "", output: int | None = 0, more: bool = False
+    ) -> None:
         names = [f"onnx.{o}" if o[:1].isupper() else o for o in ops.split("|")]
         # What is already raised on the way from one stage to the next is still a sum or a product.
         self.ops = (*names, *(_RAISED[n] for n in names if n in _RAISED))

@@ -65,7 +65,9 @@ def run_passes(
     """
     for p in passes:
         if p.name in disable and not p.optional:
-            raise GraphError(f"pass {p.name} cannot be disabled; these can: {', '.join(optional_names(passes)) or 'none'}")
+            raise GraphError(
+                f"pass {p.name} cannot be disabled; these can: {', '.join(optional_names(passes)) or 'none'}"
+            )
     history: list[list[Any]] = [list(h) for h in graph.meta.get("passes", ())]
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)

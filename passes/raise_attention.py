@@ -16,7 +16,16 @@ from passes.evaluate import SHAPED, Interface, Sample, Subgraph, between, counti
 from passes.match import Const, Match, Op, Or, Pattern, Rule, Var, apply, cast, scalar
 from passes.raise_ops import transpose
 
-_MOVES = {"onnx.Reshape", "onnx.Transpose", "onnx.Unsqueeze", "onnx.Squeeze", "onnx.Expand", "onnx.Cast", "onnx.Tile", "onnx.Identity"}
+_MOVES = {
+    "onnx.Reshape",
+    "onnx.Transpose",
+    "onnx.Unsqueeze",
+    "onnx.Squeeze",
+    "onnx.Expand",
+    "onnx.Cast",
+    "onnx.Tile",
+    "onnx.Identity",
+}
 _HIDDEN = -1e4  # a score this low or lower is never seen; exporters use -10000, the smallest number of a dtype, or -inf
 
 
@@ -109,7 +118,9 @@ def _compare(found: np.ndarray, form: str, causal: bool, sample: Sample) -> str:
         return f"its shape is {list(found.shape)}, the scores are [.., .., {sample.new}, {total}]"
     if form == "add":
         seen = found > _HIDDEN
-        if np.count_nonzero(found) != seen.size - np.count_nonzero(seen):  # zero where seen, so that the rest is what is hidden
+        if np.count_nonzero(found) != seen.size - np.count_nonzero(
+            seen
+        ):  # zero where seen, so that the rest is what is hidden
             return f"it adds {found[seen & (found != 0)].flat[0]:g} to some scores (a position bias)"
     else:
         seen = (found != 0) if form == "keep" else (found == 0)
@@ -163,7 +174,7 @@ class Operands:
                 break
             others = tuple(i if i in graph.constants else str(node.outputs[0].type) for i in others)
             names.append(data)
-            key += [node.op, others, repr(sorted(node.attrs.items())), str(graph.type(data))]
+            key += [node.op, repr(others), repr(sorted(node.attrs.items())), str(graph.type(data))]
         return names, key
 
     def _deepest(self, chain: list[str], kind: str, heads: int) -> tuple[int, float] | None:
@@ -252,11 +263,17 @@ class _Attention(Rule):
         operands += [facts["past_k"], facts["past_v"], mask]
         while operands and not operands[-1]:
             operands.pop()
-        o, keys, values = editor.add("attention", operands, [f"{match.output}.o", f"{match.output}.keys", f"{match.output}.values"], attrs, origin=match.origin)
+        o, keys, values = editor.add(
+            "attention",
+            operands,
+            [f"{match.output}.o", f"{match.output}.keys", f"{match.output}.values"],
+            attrs,
+            origin=match.origin,
+        )
         return o, keys, values
 
 
-def _total(graph: Graph, roles: Interface, present) -> Sym:
+def _total(graph: Graph, roles: Interface, present: Dim | None) -> Dim | None:
     return graph.type(roles.mask).shape[1] if roles.mask else present
 
 
@@ -268,13 +285,13 @@ class Decomposed(_Attention):
     def pattern(self) -> Pattern:
         scores = cast(Op("MatMul", Var("q"), Var("k"), bind="scores"))
         scaled = Or(Op("Mul|Div", scores, Const("factor", scalar=True), bind="scaling"), scores)
-        scaled = cast(scaled)
+        score = cast(scaled)
         number, mask = Const("number", scalar=True), Var("mask")
         masked = Or(
-            Op("Add", scaled, mask, bind="add"),
-            Op("Where", mask, scaled, number, bind="keep"),
-            Op("Where", mask, number, scaled, bind="drop"),
-            scaled,
+            Op("Add", score, mask, bind="add"),
+            Op("Where", mask, score, number, bind="keep"),
+            Op("Where", mask, number, score, bind="drop"),
+            score,
         )
         softmax = Op("Softmax", cast(masked), bind="softmax")
         # Some exporters turn rows that see nothing, NaN, into zeros.
@@ -352,7 +369,11 @@ class Attention(_Attention):
             if facts["flat"]:
                 continue
             own = graph.type(match[name]).shape[1]
-            found = self.operands.find(match[name], "repeated", own if isinstance(own, int) else 0) if isinstance(own, int) else None
+            found = (
+                self.operands.find(match[name], "repeated", own if isinstance(own, int) else 0)
+                if isinstance(own, int)
+                else None
+            )
             if found is None or found.scale != 1:
                 return f"{match[name]} is not {name} [B, heads, N, D]"
             facts[name] = found.value
@@ -383,9 +404,15 @@ class Attention(_Attention):
             for name, heads in (("q", "q_num_heads"), ("new_k", "kv_num_heads"), ("new_v", "kv_num_heads")):
                 type_, count = match.graph.type(facts[name]), node.attrs[heads]
                 split = (*type_.shape[:2], count, type_.shape[2] // count)
-                facts[name] = transpose(editor, editor.add("reshape", [facts[name]], [f"{facts[name]}.heads"], {"shape": split})[0])
+                facts[name] = transpose(
+                    editor, editor.add("reshape", [facts[name]], [f"{facts[name]}.heads"], {"shape": split})[0]
+                )
         o, keys, values = self._emit(match, editor)
-        y = editor.add("reshape", [o], [match.output], {"shape": shape})[0] if facts["flat"] else transpose(editor, o, hint=match.output)
+        y = (
+            editor.add("reshape", [o], [match.output], {"shape": shape})[0]
+            if facts["flat"]
+            else transpose(editor, o, hint=match.output)
+        )
         changes = {match.output: y}
         if len(node.inputs) < 5:
             changes.update(_presents(match, keys, values))
@@ -400,4 +427,3 @@ def raise_attention(graph: Graph) -> tuple[Graph, int]:
 
 def attention_rules(graph: Graph) -> list[Rule]:
     return [Decomposed(graph), Attention(graph)]
-

@@ -36,7 +36,11 @@ class Linear(Rule):
         if _rank(match, "w") != 2:
             return f"{match['w']} is {match.type('w')}, not a matrix"
         if "bias" in match:
-            return None if match.type("bias").shape == match.type("w").shape[1:] else f"what is added is {match.type('bias')}, not one number per feature"
+            return (
+                None
+                if match.type("bias").shape == match.type("w").shape[1:]
+                else f"what is added is {match.type('bias')}, not one number per feature"
+            )
         return Elsewhere("it has a bias") if _biased(match) else None
 
     def rewrite(self, match: Match, editor: GraphEditor) -> str:
@@ -52,7 +56,11 @@ def _biased(match: Match) -> bool:
     if len(readers) != 1 or readers[0].op != "onnx.Add" or match.output in match.graph.outputs:
         return False
     other = [i for i in readers[0].inputs if i != match.output]
-    return len(other) == 1 and other[0] in match.graph.constants and match.graph.type(other[0]).shape == match.type("w").shape[1:]
+    return (
+        len(other) == 1
+        and other[0] in match.graph.constants
+        and match.graph.type(other[0]).shape == match.type("w").shape[1:]
+    )
 
 
 class Gemm(Rule):
@@ -61,7 +69,9 @@ class Gemm(Rule):
     name = "linear"
 
     def pattern(self) -> Pattern:
-        return Or(Op("Gemm", Var("x"), Const("w"), Const("bias"), bind="gemm"), Op("Gemm", Var("x"), Const("w"), bind="gemm"))
+        return Or(
+            Op("Gemm", Var("x"), Const("w"), Const("bias"), bind="gemm"), Op("Gemm", Var("x"), Const("w"), bind="gemm")
+        )
 
     def check(self, match: Match) -> str | None:
         attrs = match.bound["gemm"].attrs
@@ -173,7 +183,13 @@ class Embedding(Rule):
 
     def rewrite(self, match: Match, editor: GraphEditor) -> str:
         dtype = match.graph.type(match.output).dtype
-        return editor.add("embedding", [match["ids"], _weight(match, "table", editor)], [match.output], {"dtype": dtype}, origin=match.origin)[0]
+        return editor.add(
+            "embedding",
+            [match["ids"], _weight(match, "table", editor)],
+            [match.output],
+            {"dtype": dtype},
+            origin=match.origin,
+        )[0]
 
 
 class Same(Rule):
@@ -213,9 +229,13 @@ class Same(Rule):
             value = factor if node.op == "onnx.Mul" else 1.0 / factor
             return editor.add("scale", [x], [match.output], {"value": value}, origin=match.origin)[0]
         if "binary" in match.bound:
-            return editor.add(node.op.removeprefix("onnx.").lower(), [x, match["y"]], [match.output], origin=match.origin)[0]
+            return editor.add(
+                node.op.removeprefix("onnx.").lower(), [x, match["y"]], [match.output], origin=match.origin
+            )[0]
         if "reshape" in match.bound:
-            return editor.add("reshape", [x], [match.output], {"shape": match.graph.type(match.output).shape}, origin=match.origin)[0]
+            return editor.add(
+                "reshape", [x], [match.output], {"shape": match.graph.type(match.output).shape}, origin=match.origin
+            )[0]
         axis = node.attrs.get("axis", 0) % match.type("x").rank
         sizes = tuple(v.type.shape[axis] for v in node.outputs)
         names = [v.name for v in node.outputs]

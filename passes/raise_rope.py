@@ -76,7 +76,9 @@ class Tables:
             one = self._fit(sub.graph, *run, half)
             if isinstance(one, str):
                 return f"{cos} and {sin} are no rotary angles: {one}"
-            if isinstance(found, Angles) and (not np.array_equal(found.inv_freq, one.inv_freq) or found.factor != one.factor):
+            if isinstance(found, Angles) and (
+                not np.array_equal(found.inv_freq, one.inv_freq) or found.factor != one.factor
+            ):
                 return f"{cos} and {sin} change their frequencies with the largest position (dynamic scaling)"
             found = one
         assert found is not None
@@ -86,7 +88,8 @@ class Tables:
         for last in largest:
             positions = _POSITIONS.copy()
             positions[1, -1] = last
-            sample = Sample(*positions.shape, 0, np.ones(positions.shape, np.int64), positions)
+            batch, new = positions.shape
+            sample = Sample(batch, new, 0, np.ones(positions.shape, np.int64), positions)
             results = sub.run(sample.arrays(sub.graph, self.roles))
             if results is None:
                 continue
@@ -108,7 +111,9 @@ class Tables:
             return f"their shape on a sample of positions [{batch}, {new}] is {list(cos.shape)}"
         cos, sin = cos.reshape(batch, new, -1), sin.reshape(batch, new, -1)
         if cos.shape[-1] == 2 * half:
-            if not (np.array_equal(cos[..., :half], cos[..., half:]) and np.array_equal(sin[..., :half], sin[..., half:])):
+            if not (
+                np.array_equal(cos[..., :half], cos[..., half:]) and np.array_equal(sin[..., :half], sin[..., half:])
+            ):
                 return "their two halves differ"
             cos, sin = cos[..., :half], sin[..., :half]
         radius = np.hypot(cos, sin)
@@ -120,7 +125,9 @@ class Tables:
         for frequencies, tolerance in self._candidates(graph, cos, sin, positions, half):
             angles = positions[..., None] * frequencies.astype(np.float64)
             bound = _EXACT if tolerance == 0 else tolerance * (np.abs(angles) + 4)
-            if (np.abs(cos / factor - np.cos(angles)) <= bound).all() and (np.abs(sin / factor - np.sin(angles)) <= bound).all():
+            if (np.abs(cos / factor - np.cos(angles)) <= bound).all() and (
+                np.abs(sin / factor - np.sin(angles)) <= bound
+            ).all():
                 return Angles(frequencies, factor, head_axis)
         return "they are not cos and sin of position * frequency"
 
@@ -132,7 +139,11 @@ class Tables:
                 flat = array.astype(np.float32).reshape(-1)
                 if array.size == half or np.array_equal(flat[:half], flat[half:]):
                     yield flat[:half].copy(), 0
-        for frequencies in [c.astype(np.float32).reshape(-1)[:half].copy() for c in constants if c.dtype.kind == "f" and c.size in (half, 2 * half)]:
+        for frequencies in [
+            c.astype(np.float32).reshape(-1)[:half].copy()
+            for c in constants
+            if c.dtype.kind == "f" and c.size in (half, 2 * half)
+        ]:
             yield frequencies, _ROUNDED
         at_one = np.argwhere(positions == 1)[0]
         frequencies = np.arctan2(sin[tuple(at_one)], cos[tuple(at_one)]).astype(np.float32)
@@ -165,7 +176,9 @@ class _Rope(Rule):
         angles: Angles = match.facts["angles"]
         inv_freq = editor.constant("inv_freq", Inline(angles.inv_freq))
         attrs = {"attention_factor": angles.factor, "interleaved": interleaved}
-        return editor.add("rope", [x, self.tables.roles.positions, inv_freq], [f"{match.output}.rope"], attrs, origin=match.origin)[0]
+        return editor.add(
+            "rope", [x, self.tables.roles.positions, inv_freq], [f"{match.output}.rope"], attrs, origin=match.origin
+        )[0]
 
 
 class RotateHalf(_Rope):
@@ -220,7 +233,10 @@ class RotaryEmbedding(_Rope):
 
     def pattern(self) -> Pattern:
         x, cos, sin = Var("x"), Var("cos"), Var("sin")
-        return Or(Op("RotaryEmbedding", x, cos, sin, bind="op"), Op("RotaryEmbedding", x, cos, sin, Var("positions"), bind="op"))
+        return Or(
+            Op("RotaryEmbedding", x, cos, sin, bind="op"),
+            Op("RotaryEmbedding", x, cos, sin, Var("positions"), bind="op"),
+        )
 
     def check(self, match: Match) -> str | None:
         attrs, x = match.bound["op"].attrs, match.type("x")

@@ -94,14 +94,16 @@ def _dataflow(graph: Graph, start: int, period: int, count: int) -> _Flow | None
                 at, out = where[reads[1]]
                 if at >= start + period or any(where.get(r) != (at + (j - 1) * period, out) for j, r in enumerate(reads) if j):
                     return None
-                if flow.carried.setdefault(first, reads[1]) != reads[1]:
+                if graph.type(first) != graph.type(reads[1]) or flow.carried.setdefault(first, reads[1]) != reads[1]:
                     return None
             else:
                 types = {graph.type(r) for r in reads}
                 outside = all(r not in where or where[r][0] < start for r in reads)
                 if len(types) > 1 or not outside or flow.per_layer.setdefault(first, reads) != reads:
                     return None
-    return flow
+    operands = [*flow.carried, *flow.per_layer, *flow.invariant]
+    # A value that plays two parts (the first state of what is carried, and read by every run) has one name, which the body would take for both.
+    return flow if len(set(operands)) == len(operands) else None
 
 
 def _build(graph: Graph, start: int, period: int, count: int, flow: _Flow) -> Graph:

@@ -46,7 +46,12 @@ class Shapes:
         for name, constant in graph.constants.items():
             self.types[name] = constant.value.type
             data = constant.data
-            if isinstance(data, Inline) and data.array.dtype.kind in "iu" and data.array.ndim <= 1 and data.array.size <= _VECTOR:
+            if (
+                isinstance(data, Inline)
+                and data.array.dtype.kind in "iu"
+                and data.array.ndim <= 1
+                and data.array.size <= _VECTOR
+            ):
                 self.ints[name] = Ints(tuple(int(i) for i in data.array.reshape(-1)), data.array.ndim == 0)
         for node in graph.nodes:
             self._visit(node)
@@ -105,7 +110,7 @@ class Shapes:
     def broadcast(self, *shapes: Sequence[Dim]) -> Shape:
         rank = max(len(s) for s in shapes)
         result: list[Dim | None] = []
-        for column in zip(*([1] * (rank - len(s)) + list(s) for s in shapes)):
+        for column in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes)):
             sizes = set(column) - {1}
             numbers = [d for d in sizes if isinstance(d, int)]
             result.append(1 if not sizes else numbers[0] if numbers else sizes.pop() if len(sizes) == 1 else None)
@@ -120,7 +125,9 @@ def _declared_sums(graph: Graph) -> dict[frozenset, Dim]:
         return {}
     (past,), new = pasts, pairs[0][1]
     totals = [s[1] for s in pairs if s[1] not in (new, past)] or [
-        graph.type(o).shape[2] for o in graph.outputs if graph.type(o).rank == 4 and isinstance(graph.type(o).shape[2], Sym)
+        graph.type(o).shape[2]
+        for o in graph.outputs
+        if graph.type(o).rank == 4 and isinstance(graph.type(o).shape[2], Sym)
     ]
     if not totals or not isinstance(new, Sym) or not isinstance(past, Sym):
         return {}
@@ -151,7 +158,9 @@ def _value(ops: str) -> Callable:
 # Shapes
 
 
-@_rule("Abs Cast Clip Cos CumSum Exp Floor Identity IsNaN Log Neg Not Reciprocal Sigmoid Sin Softmax Sqrt Swish Tanh Trilu RMSNormalization RotaryEmbedding")
+@_rule(
+    "Abs Cast Clip Cos CumSum Exp Floor Identity IsNaN Log Neg Not Reciprocal Sigmoid Sin Softmax Sqrt Swish Tanh Trilu RMSNormalization RotaryEmbedding"
+)
 def _same(s: Shapes, node: Node):
     return [s.shape(node, 0)]
 
@@ -185,12 +194,15 @@ def _reshape(s: Shapes, node: Node):
     if target is None:
         return None
     shape: list[Dim | None] = [
-        source[i] if d == 0 and not node.attrs.get("allowzero") and i < len(source) else d for i, d in enumerate(target.dims)
+        source[i] if d == 0 and not node.attrs.get("allowzero") and i < len(source) else d
+        for i, d in enumerate(target.dims)
     ]
     if shape.count(-1) == 1:
         rest = [d for d in shape if d != -1]
         known = [d for d in rest if d is not None]
-        shape[shape.index(-1)] = dim_divide(dim_product(source), dim_product(known)) if len(known) == len(rest) else None
+        shape[shape.index(-1)] = (
+            dim_divide(dim_product(source), dim_product(known)) if len(known) == len(rest) else None
+        )
     elif shape.count(None) == 1:
         known = [d for d in shape if d is not None]
         shape[shape.index(None)] = dim_divide(dim_product(source), dim_product(known))
@@ -327,7 +339,12 @@ def _reshaped(s: Shapes, node: Node):
 def _picked(s: Shapes, node: Node):
     found, places = s.ints.get(node.inputs[0]), s.ints.get(node.inputs[1])
     where = places.static() if places else None
-    if found is None or where is None or any(not -len(found.dims) <= i < len(found.dims) for i in where):
+    if (
+        found is None
+        or places is None
+        or where is None
+        or any(not -len(found.dims) <= i < len(found.dims) for i in where)
+    ):
         return None
     return Ints(tuple(found.dims[i] for i in where), places.scalar)
 
@@ -346,7 +363,9 @@ def _joined(s: Shapes, node: Node):
     for name in node.inputs:
         known = s.ints.get(name)
         length = s.types[name].shape[0] if s.types[name].rank == 1 else None
-        if known is None and not (isinstance(length, int) and length <= _VECTOR and node.outputs[0].type.dtype == "i64"):
+        if known is None and not (
+            isinstance(length, int) and length <= _VECTOR and node.outputs[0].type.dtype == "i64"
+        ):
             return None
         dims.extend(known.dims if known else (None,) * length)  # type: ignore[operator]
     return Ints(tuple(dims))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ class Engine:
             ctypes.byref(meta), ctypes.byref(weights), int(device), len(dev_ids), ids
         )
         if not self._model:
-            raise self._error("createQwen3Model", STATUS_INTERNAL_ERROR)
+            raise self._error("createQwen3Model", None)
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -289,7 +290,7 @@ class Engine:
         with self._lock:
             handle = getattr(self._library, call)(self._open(call), *arguments)
             if not handle:
-                raise self._error(call, STATUS_INTERNAL_ERROR)
+                raise self._error(call, None)
             self._caches.add(handle)
             return handle
 
@@ -299,10 +300,13 @@ class Engine:
             if cache not in self._caches:
                 raise InfiniCoreError(call, 3, f"KV cache {cache!r} is not one of this model, or was dropped")
 
-    def _error(self, call: str, status: int) -> InfiniCoreError:
+    def _error(self, call: str, status: int | None) -> InfiniCoreError:
+        """The exception for a failed call; one that returns a pointer has its status in the text alone."""
         text = (self._library.qwen3LastError() or b"").decode("utf-8", "replace")
-        # A failed create has no status of its own: the text names it, "... status 13 (INSUFFICIENT_WORKSPACE)".
-        if "(INSUFFICIENT_WORKSPACE)" in text and status == STATUS_INTERNAL_ERROR:
-            status = STATUS_OUT_OF_KV_MEMORY
+        if status is None:
+            found = re.findall(r"status (\d+)", text)
+            status = int(found[-1]) if found else STATUS_INTERNAL_ERROR
+        name = STATUS_NAMES.get(status, "unknown status")
+        detail = text if name in text else f"{text} ({name})" if text else name
         kind = OutOfKVMemory if status == STATUS_OUT_OF_KV_MEMORY and call != "createQwen3Model" else InfiniCoreError
-        return kind(call, status, text or STATUS_NAMES.get(status, ""))
+        return kind(call, status, detail)

@@ -100,7 +100,6 @@ class Qwen3ForCausalLM:
         max_caches: int = 32,
         check_weights: bool = True,
     ) -> None:
-        started = time.perf_counter()
         device = DeviceType.parse(device)
         for name, value in (("ndev", ndev), ("prefill_chunk", prefill_chunk), ("max_caches", max_caches)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -111,6 +110,7 @@ class Qwen3ForCausalLM:
             raise ConfigError(f"{folder}: no such folder, expected a Hugging Face model directory")
         infinicore.set_threads(threads)
         self.build = _open_build(build, folder, device, dtype, quant, kv)
+        started = time.perf_counter()
         self.prefill_chunk = prefill_chunk
         meta = meta_from_manifest(self.build, max_tokens)
         library_path = self.build.library

@@ -27,6 +27,8 @@ LIBRARIES = ("infinirt", "infiniop", "infiniccl")
 SANITIZERS = ("", "address,undefined", "thread")
 # A file in the finished folder that says from what it was built.
 STAMP = ".infinicpu-build"
+# Kernels beside the portable ones, best first, and the CPU features that tell the machine has them.
+X86_KERNELS = {"avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
 # "[3/23] Building ...", as ninja reports it.
 NINJA_PROGRESS = re.compile(r"\[(\d+)/(\d+)\]")
 
@@ -53,7 +55,8 @@ def build(out_dir: Path | None = None, sanitize: str = "") -> Path:
     if sanitize not in SANITIZERS:
         raise BuildError(f"sanitize must be one of {', '.join(map(repr, SANITIZERS))}, not {sanitize!r}")
     compiler = _find_compiler()
-    key = _build_key(compiler, sanitize)
+    options = [f"-DINFINICPU_SANITIZE={sanitize}", f"-DINFINICPU_ISAS={_best_kernels()}"]
+    key = _build_key(compiler, options)
     target = Path(out_dir).absolute() if out_dir is not None else cache_root() / f"infinicpu-{key[:16]}"
     if _is_current(target, key):
         return target
@@ -61,7 +64,7 @@ def build(out_dir: Path | None = None, sanitize: str = "") -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.parent / f".{target.name}.lock"):
             if not _is_current(target, key):  # another process may have built it meanwhile
-                _build_into(target, key, compiler, sanitize)
+                _build_into(target, key, compiler, options)
     except OSError as error:
         raise BuildError(f"cannot build the embedded InfiniCore in {target}: {error.strerror or error}") from error
     return target
@@ -74,7 +77,7 @@ def _is_current(target: Path, key: str) -> bool:
         return False
 
 
-def _build_into(target: Path, key: str, compiler: str, sanitize: str) -> None:
+def _build_into(target: Path, key: str, compiler: str, options: list[str]) -> None:
     """Configure, compile and install in a temporary folder beside the target, then move the result into place."""
     cmake, ninja = _find_tool("cmake"), _find_tool("ninja")
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -83,7 +86,7 @@ def _build_into(target: Path, key: str, compiler: str, sanitize: str) -> None:
         _run(
             [
                 *(cmake, "-S", str(SOURCE_DIR), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-                *(f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_INSTALL_LIBDIR=lib", f"-DINFINICPU_SANITIZE={sanitize}"),
+                *(f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_INSTALL_LIBDIR=lib", *options),
             ]
         )
         _run([cmake, "--build", str(tree)], progress="building the embedded InfiniCore")
@@ -131,7 +134,16 @@ def _find_tool(name: str) -> str:
     return path
 
 
-def _build_key(compiler: str, sanitize: str) -> str:
+def _best_kernels() -> str:
+    """The kernels worth compiling for this machine: compiling those of every machine takes three times as long."""
+    try:
+        features = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]))
+    except OSError:
+        return ";".join(X86_KERNELS)
+    return next((name for name, feature in X86_KERNELS.items() if feature in features), "portable")
+
+
+def _build_key(compiler: str, options: list[str]) -> str:
     """A hash of everything that the result depends on."""
     digest = hashlib.sha256()
     try:
@@ -139,7 +151,7 @@ def _build_key(compiler: str, sanitize: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{compiler} --version failed: is it a compiler?") from error
     flags = os.environ.get("CXXFLAGS", "") + os.environ.get("LDFLAGS", "")
-    for text in (compiler, version, platform.machine(), sanitize, flags):
+    for text in (compiler, version, platform.machine(), flags, *options):
         digest.update(text.encode() + b"\0")
     sources = [SOURCE_DIR / "CMakeLists.txt", *SOURCE_DIR.glob("src/**/*"), *SOURCE_DIR.glob("include/**/*")]
     for path in sorted(p for p in sources if p.is_file()):

@@ -80,7 +80,9 @@ def test_fresh_names_come_back():
 
 
 def test_the_order_is_restored_and_cycles_are_found():
-    a, b, c = (Node("silu", (i,), (Value(o, TensorType("f32", (4,))),)) for i, o in (("x", "a"), ("a", "b"), ("b", "c")))
+    a, b, c = (
+        Node("silu", (i,), (Value(o, TensorType("f32", (4,))),)) for i, o in (("x", "a"), ("a", "b"), ("b", "c"))
+    )
     assert toposort([c, a, b], ["c"], "g") == [a, b, c]
     assert toposort([a, b, c], ["b"], "g") == [a, b]
     loop = Node("silu", ("c",), (Value("a", TensorType("f32", (4,))),))
@@ -100,7 +102,11 @@ def test_rename():
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("rms_norm(%x, %w)", "rms_norm(%x, %z)", "g: rms_norm -> n at stage model: reads z, which is not defined before it"),
+        (
+            "rms_norm(%x, %w)",
+            "rms_norm(%x, %z)",
+            "g: rms_norm -> n at stage model: reads z, which is not defined before it",
+        ),
         ("silu(%n)", "silu(%y)", "silu -> s at stage model: reads y"),
         ("silu(%n)", "swiglu(%n, %n)", "swiglu -> s at stage model: the op is legal at stage fused only"),
         ("silu(%n)", "relu(%n)", "there is no op called relu"),

@@ -21,7 +21,17 @@ BOUND = dict(rtol=1e-12, atol=1e-12)
 
 
 def call(name: str, *inputs, **attrs):
-    types = tuple(infer(name, [None if x is None else TensorType("i32" if x.dtype.kind in "iu" else "f64", x.shape) for x in inputs], attrs)) if name != "attention" else ()
+    types = (
+        tuple(
+            infer(
+                name,
+                [None if x is None else TensorType("i32" if x.dtype.kind in "iu" else "f64", x.shape) for x in inputs],
+                attrs,
+            )
+        )
+        if name != "attention"
+        else ()
+    )
     return lookup(name).reference(list(inputs), with_defaults(name, attrs), Context(types, {}, True))
 
 
@@ -109,7 +119,11 @@ def test_rope_turns_by_the_difference_of_positions():
     q, k, inv_freq = normal(rng, 1, 1, 8), normal(rng, 1, 1, 8), np.array([1.0, 0.1, 0.01, 0.001])
 
     def score(i, j):
-        return float((call("rope", q, np.array([i], np.int32), inv_freq) * call("rope", k, np.array([j], np.int32), inv_freq)).sum())
+        return float(
+            (
+                call("rope", q, np.array([i], np.int32), inv_freq) * call("rope", k, np.array([j], np.int32), inv_freq)
+            ).sum()
+        )
 
     assert math.isclose(score(7, 3), score(104, 100), rel_tol=1e-10)
 
@@ -125,7 +139,14 @@ def attention_loop(q, keys, values, scale, visible):
 
 
 @PROFILE
-@given(SEED, st.integers(1, 2), st.integers(1, 4), st.integers(0, 3), st.sampled_from([(1, 1), (2, 1), (6, 3), (4, 2)]), st.booleans())
+@given(
+    SEED,
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.sampled_from([(1, 1), (2, 1), (6, 3), (4, 2)]),
+    st.booleans(),
+)
 def test_attention(seed, batch, new, past, heads, masked):
     rng = np.random.default_rng(seed)
     (h, g), d, total = heads, 5, past + new
@@ -146,7 +167,11 @@ def test_attention(seed, batch, new, past, heads, masked):
 
 
 @PROFILE
-@given(SEED, st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=4), st.sampled_from([(1, 1), (6, 3), (4, 1)]))
+@given(
+    SEED,
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=4),
+    st.sampled_from([(1, 1), (6, 3), (4, 1)]),
+)
 def test_attention_cached(seed, requests, heads):
     rng = np.random.default_rng(seed)
     (h, g), d, capacity = heads, 4, 8
@@ -166,7 +191,9 @@ def test_attention_cached(seed, requests, heads):
         for i in range(n):
             for head in range(h):
                 end = start + i + 1
-                expected = attention_loop(q[row + i, head], all_k[head * g // h, :end], all_v[head * g // h, :end], 0.4, [True] * end)
+                expected = attention_loop(
+                    q[row + i, head], all_k[head * g // h, :end], all_v[head * g // h, :end], 0.4, [True] * end
+                )
                 np.testing.assert_allclose(o[row + i, head], expected, **BOUND)
         row += n
 
@@ -211,9 +238,24 @@ def t(*shape, dtype="f32"):
         ("rope", [t(B, S, 2, 4), t(B, S, dtype="i64"), t(3)], {}, "head_dim is 4"),
         ("rope", [t(B, S, 2, 4), t(S, dtype="i64"), t(2)], {}, "positions are"),
         ("attention", [t(B, S, 4, 8), t(B, S, 3, 8), t(B, S, 3, 8)], {"scale": 1.0}, "not a multiple"),
-        ("attention", [t(B, S, 4, 8), t(B, S, 2, 8), t(B, S, 2, 8), t(B, 2, sym("P"), 8)], {"scale": 1.0}, "come together"),
-        ("attention", [t(B, S, 4, 8), *[t(B, S, 2, 8)] * 2, *[t(B, 2, sym("P"), 8)] * 2], {"scale": 1.0, "total": None}, "names the total length"),
-        ("attention", [t(B, S, 4, 8), *[t(B, S, 2, 8)] * 2, None, None, t(B, sym("N"), dtype="i64")], {"scale": 1.0}, "mask is"),
+        (
+            "attention",
+            [t(B, S, 4, 8), t(B, S, 2, 8), t(B, S, 2, 8), t(B, 2, sym("P"), 8)],
+            {"scale": 1.0},
+            "come together",
+        ),
+        (
+            "attention",
+            [t(B, S, 4, 8), *[t(B, S, 2, 8)] * 2, *[t(B, 2, sym("P"), 8)] * 2],
+            {"scale": 1.0, "total": None},
+            "names the total length",
+        ),
+        (
+            "attention",
+            [t(B, S, 4, 8), *[t(B, S, 2, 8)] * 2, None, None, t(B, sym("N"), dtype="i64")],
+            {"scale": 1.0},
+            "mask is",
+        ),
         ("gather_rows", [t(S, 4), t(sym("L"))], {}, "gather_rows takes"),
         ("embedding", [t(S), t(5, 4)], {"dtype": ""}, "embedding takes"),
     ],

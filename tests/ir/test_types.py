@@ -9,12 +9,26 @@ from hypothesis import strategies as st
 
 from ir.constants import Cast, Concat, FileSlice, Inline, Slice, Transpose, load
 from ir.errors import CheckpointError, GraphError
-from ir.types import DTYPES, Sym, TensorType, bind, dim_divide, dim_product, dtype_from_onnx, dtype_from_safetensors, dtype_of, parse_dim, sym
+from ir.types import (
+    DTYPES,
+    Sym,
+    TensorType,
+    bind,
+    dim_divide,
+    dim_product,
+    dtype_from_onnx,
+    dtype_from_safetensors,
+    dtype_of,
+    parse_dim,
+    sym,
+)
 
 PROFILE = settings(max_examples=80, deadline=None, derandomize=True)
 NAMES = ("B", "S", "total")
 DIM = st.builds(
-    lambda coef, names: Sym(coef, tuple(sorted(names))) if names else coef, st.integers(1, 12), st.lists(st.sampled_from(NAMES), max_size=3)
+    lambda coef, names: Sym(coef, tuple(sorted(names))) if names else coef,
+    st.integers(1, 12),
+    st.lists(st.sampled_from(NAMES), max_size=3),
 )
 VALUES = {"B": 2, "S": 5, "total": 11}
 

@@ -82,7 +82,9 @@ def sizes(graph: Graph) -> tuple[int, int]:
     return len([o for o in graph.outputs if o.endswith(".key")]), graph.type("logits").shape[-1]  # type: ignore[return-value]
 
 
-def padded_inputs(graph: Graph, rng: np.random.Generator, new: int, past: int, padding: list[int]) -> dict[str, np.ndarray]:
+def padded_inputs(
+    graph: Graph, rng: np.random.Generator, new: int, past: int, padding: list[int]
+) -> dict[str, np.ndarray]:
     """One batched step with padding on the left; one entry of ``padding`` per request. Positions count from the first real token."""
     batch, total = len(padding), past + new
     mask = np.array([[0] * p + [1] * (total - p) for p in padding], np.int64)
@@ -110,7 +112,9 @@ def assert_close(found: np.ndarray, expected: np.ndarray, what: str, bound: floa
         assert error <= bound * max(np.abs(expected).max(), 1e-300), f"{what}: differs by {error}"
 
 
-def assert_same_step(before: Graph, after: Graph, folder: Path, new: int, past: int, padding: list[int], seed: int = 0) -> None:
+def assert_same_step(
+    before: Graph, after: Graph, folder: Path, new: int, past: int, padding: list[int], seed: int = 0
+) -> None:
     """Two graphs of batch x sequence compute the same in float64."""
     inputs = padded_inputs(before, np.random.default_rng(seed), new, past, padding)
     a = run(before, inputs, folder=folder, float64=True)
@@ -130,7 +134,9 @@ def assert_round_trip(graph: Graph) -> None:
     assert parse(to_text(graph)) == graph
 
 
-def ragged_inputs(graph: Graph, tokens: list[np.ndarray], starts: list[int], caches: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+def ragged_inputs(
+    graph: Graph, tokens: list[np.ndarray], starts: list[int], caches: Mapping[str, np.ndarray], rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """A ragged batch for a fused graph: request r gets ``tokens[r]`` at positions from ``starts[r]`` on."""
     return {
         "tokens": np.concatenate(tokens).astype(np.int32),

@@ -219,7 +219,9 @@ def frequencies_by_matmul(r: Respelling) -> None:
         batch, seq, half = type_.shape
         row = r.add("Unsqueeze", ["position_ids", r.ints(1)], TensorType("i64", (batch, 1, seq)))
         row = r.add("Cast", [row], TensorType("f32", (batch, 1, seq)), to="f32")
-        column = r.editor.constant("inv_freq_column", Inline(r.graph.constants[node.inputs[1]].data.array.reshape(1, half, 1)))  # type: ignore[union-attr]
+        column = r.editor.constant(
+            "inv_freq_column", Inline(r.graph.constants[node.inputs[1]].data.array.reshape(1, half, 1))
+        )  # type: ignore[union-attr]
         outer = r.add("MatMul", [column, row], TensorType("f32", (batch, half, seq)))
         turned = r.add("Transpose", [outer], type_, perm=(0, 2, 1))
         r.replace(node, r.add("Mul", [turned, r.number(1.0)], type_))
@@ -252,7 +254,9 @@ def rope_by_halves(r: Respelling) -> None:
 
         def cut(v: str, i: int) -> str:
             t = r.type(v)
-            return r.add("Slice", [v, r.ints(i * half), r.ints((i + 1) * half), r.ints(3)], t.with_shape(*t.shape[:-1], half))
+            return r.add(
+                "Slice", [v, r.ints(i * half), r.ints((i + 1) * half), r.ints(3)], t.with_shape(*t.shape[:-1], half)
+            )
 
         c, s, one, two = cut(cos, 0), cut(sin, 0), cut(x, 0), cut(x, 1)
         first = r.add("Sub", [r.add("Mul", [one, c], part), r.add("Mul", [two, s], part)], part)

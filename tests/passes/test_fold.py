@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ir.constants import Cast, Concat, FileSlice, Inline, Slice, Transpose
+from ir.constants import Cast, FileSlice, Inline, Slice, Transpose
 from ir.graph import Graph
 from ir.interp import run
 from ir.text import parse
@@ -52,10 +52,16 @@ def test_weights_become_recipes_and_are_not_read(order):
 
 def test_a_packed_weight_is_sliced():
     body = f"const %w: bf16[6, 4] = {FILE}\nconst %n: i64[3] = inline(i64[3], 1, 2, 3)\n"
-    body += "%a: bf16[1, 4], %b: bf16[2, 4], %c: bf16[3, 4] = onnx.Split(%w, %n) {axis=0}\noutput %a\noutput %b\noutput %c"
+    body += (
+        "%a: bf16[1, 4], %b: bf16[2, 4], %c: bf16[3, 4] = onnx.Split(%w, %n) {axis=0}\noutput %a\noutput %b\noutput %c"
+    )
     result = folded(body)
     assert not result.nodes
-    assert [result.constants[o].data for o in result.outputs] == [Slice(WEIGHT, 0, 0, 1), Slice(WEIGHT, 0, 1, 3), Slice(WEIGHT, 0, 3, 6)]
+    assert [result.constants[o].data for o in result.outputs] == [
+        Slice(WEIGHT, 0, 0, 1),
+        Slice(WEIGHT, 0, 1, 3),
+        Slice(WEIGHT, 0, 3, 6),
+    ]
 
 
 def test_recipes_compose():
@@ -68,7 +74,17 @@ def test_recipes_compose():
     assert unwidened(Cast(WEIGHT, "f16")) == Cast(WEIGHT, "f16")
 
 
-@pytest.mark.parametrize("wide, narrow, yes", [("f32", "bf16", True), ("f32", "f16", True), ("f16", "bf16", False), ("bf16", "f16", False), ("bf16", "f32", False), ("f32", "i64", False)])
+@pytest.mark.parametrize(
+    "wide, narrow, yes",
+    [
+        ("f32", "bf16", True),
+        ("f32", "f16", True),
+        ("f16", "bf16", False),
+        ("bf16", "f16", False),
+        ("bf16", "f32", False),
+        ("f32", "i64", False),
+    ],
+)
 def test_which_dtype_holds_which(wide, narrow, yes):
     assert holds(wide, narrow) == yes
 
@@ -84,7 +100,9 @@ output %y"""
     result = folded(body)
     assert [n.op for n in result.nodes] == ["onnx.Mul"]
     data = result.constants[result.nodes[0].inputs[1]].data
-    assert isinstance(data, Inline) and np.array_equal(data.array, 1 / np.power(np.float32(1e4), np.array([0, 0.5, 1], np.float32)))
+    assert isinstance(data, Inline) and np.array_equal(
+        data.array, 1 / np.power(np.float32(1e4), np.array([0, 0.5, 1], np.float32))
+    )
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------------------------------------
@@ -166,7 +184,9 @@ def test_followed_shapes_are_right(data):
             rank += 1
             lines.append(f"%v{i}: f32[{unknown(rank)}] = onnx.Unsqueeze(%{x}, %c{i})")
         elif op == "Concat":
-            lines.append(f"%v{i}: f32[{unknown(rank)}] = onnx.Concat(%{x}, %{x}) {{axis={data.draw(st.integers(0, rank - 1))}}}")
+            lines.append(
+                f"%v{i}: f32[{unknown(rank)}] = onnx.Concat(%{x}, %{x}) {{axis={data.draw(st.integers(0, rank - 1))}}}"
+            )
         elif op == "Reshape":
             lines.append(f"const %c{i}: i64[2] = inline(i64[2], 0, -1)")
             rank = 2
@@ -176,7 +196,9 @@ def test_followed_shapes_are_right(data):
             lines.append(f"%v{i}: f32[{unknown(rank)}] = onnx.Expand(%{x}, %c{i})")
         else:
             axis = data.draw(st.integers(0, rank - 1))
-            lines.append(f"const %a{i}: i64[1] = inline(i64[1], {axis})\nconst %s{i}: i64[1] = inline(i64[1], 0)\nconst %e{i}: i64[1] = inline(i64[1], 9223372036854775807)")
+            lines.append(
+                f"const %a{i}: i64[1] = inline(i64[1], {axis})\nconst %s{i}: i64[1] = inline(i64[1], 0)\nconst %e{i}: i64[1] = inline(i64[1], 9223372036854775807)"
+            )
             lines.append(f"%v{i}: f32[{unknown(rank)}] = onnx.Slice(%{x}, %s{i}, %e{i}, %a{i})")
         names.append(f"v{i}")
     lines.append(f"%shape: i64[{rank}] = onnx.Shape(%{names[-1]})")
@@ -255,4 +277,3 @@ def test_outputs_keep_their_names():
     body = "input %x: f32[S, 4]\n%r: f32[S, 4] = onnx.Neg(%x)\n%y: f32[S, 4] = onnx.Identity(%r)\n%z: f32[S, 4] = onnx.Identity(%x)\noutput %y\noutput %z"
     result = cleaned(body)
     assert result.outputs == ("y", "z") and result.counts() == {"onnx.Identity": 1, "onnx.Neg": 1}
-    assert isinstance(Concat((WEIGHT, WEIGHT), 0).shape, tuple)

@@ -15,7 +15,17 @@ from ir.interp import run
 from ir.optable import lookup
 from passes.lower import FUSED_PIPELINE, OPTIONAL, to_fused
 from passes.pipeline import run_passes
-from tests.passes.helpers import SHAPES, assert_close, assert_round_trip, checkpoint, empty_caches, imported, model, ragged_inputs, sizes
+from tests.passes.helpers import (
+    SHAPES,
+    assert_close,
+    assert_round_trip,
+    checkpoint,
+    empty_caches,
+    imported,
+    model,
+    ragged_inputs,
+    sizes,
+)
 
 # Requests of one batch: tokens already cached, and new ones (prefill, chunk, decode, nothing new).
 REQUESTS = ((0, 7), (5, 1), (3, 4), (2, 0), (0, 1))
@@ -23,7 +33,9 @@ CAPACITY = 11
 
 
 @lru_cache(maxsize=None)
-def fused(shape: tuple, disable: frozenset = frozenset(), opset: int = 18, kv: bool = True, dtype: str = "f32") -> Graph:
+def fused(
+    shape: tuple, disable: frozenset = frozenset(), opset: int = 18, kv: bool = True, dtype: str = "f32"
+) -> Graph:
     return to_fused(imported(shape, opset, kv), dtype, disable)
 
 
@@ -36,7 +48,11 @@ def expected(shape: tuple) -> tuple:
     result = []
     for start, new in REQUESTS:
         tokens = rng.integers(0, vocabulary, start + new)
-        inputs = {"input_ids": tokens[None], "attention_mask": np.ones((1, start + new), np.int64), "position_ids": np.arange(start + new)[None]}
+        inputs = {
+            "input_ids": tokens[None],
+            "attention_mask": np.ones((1, start + new), np.int64),
+            "position_ids": np.arange(start + new)[None],
+        }
         for value in graph.inputs:
             if value.name.startswith("past"):
                 inputs[value.name] = np.zeros((1, value.type.shape[1], 0, value.type.shape[3]))
@@ -57,7 +73,12 @@ def check(graph: Graph, shape: tuple, bound: float = 1e-12) -> None:
     tokens = [ref[0][start:] for (start, _), ref in zip(REQUESTS, reference)]
     total = sum(len(t) for t in tokens)
     rows = np.array([total - 1, 0, 6, 6])
-    out = run(graph, ragged_inputs(graph, tokens, [s for s, _ in REQUESTS], caches, rows), folder=checkpoint(shape), float64=True)
+    out = run(
+        graph,
+        ragged_inputs(graph, tokens, [s for s, _ in REQUESTS], caches, rows),
+        folder=checkpoint(shape),
+        float64=True,
+    )
     logits = np.concatenate([ref[1] for ref in reference])
     assert_close(out["logits"], logits[rows], "logits", bound)
     for r, (start, new) in enumerate(REQUESTS):
@@ -79,7 +100,11 @@ def test_a_graph_without_caches_gets_them(shape):
     check(fused(shape, kv=False), shape)
 
 
-@pytest.mark.parametrize("disable", [frozenset(c) for n in (1, 2, 5) for c in itertools.combinations(OPTIONAL, n)], ids=lambda d: "+".join(sorted(d)))
+@pytest.mark.parametrize(
+    "disable",
+    [frozenset(c) for n in (1, 2, 5) for c in itertools.combinations(OPTIONAL, n)],
+    ids=lambda d: "+".join(sorted(d)),
+)
 def test_any_fusion_can_be_left_out(disable):
     graph = fused(SHAPES[1], disable)
     check(graph, SHAPES[1])
@@ -131,7 +156,10 @@ def test_merged_weights_are_recipes_in_order():
         assert isinstance(data, Concat) and data.axis == 0
         assert [p.name.split(".")[-2] for p in data.parts] == [f"{p}_proj" for p in parts.split()]  # type: ignore[union-attr]
     split = graph.producers["gate.1"]
-    assert [v.name for v in split.outputs] == ["gate.1", "up.1"] and graph.producers["ffn.1"].inputs == ("up.1", "gate.1")
+    assert [v.name for v in split.outputs] == ["gate.1", "up.1"] and graph.producers["ffn.1"].inputs == (
+        "up.1",
+        "gate.1",
+    )
     assert [v.name for v in graph.producers["q.0"].outputs] == ["q.0", "k.0", "v.0"]
     assert graph.producers["ffn_norm.1"].inputs[:2] == ("o.1", "hidden.1")
     assert [v.name for v in graph.producers["final_norm"].outputs] == ["final_norm", "hidden.2"]
@@ -169,7 +197,9 @@ def test_arguments_are_checked():
         to_fused(imported(SHAPES[0]), "f32", {"raise_rope"})
     with pytest.raises(GraphError, match="'int4'.*bf16"):
         to_fused(imported(SHAPES[0]), "int4")
-    with pytest.raises(GraphError, match="takes a graph of stage onnx, not fused|takes a graph of stage model, not fused"):
+    with pytest.raises(
+        GraphError, match="takes a graph of stage onnx, not fused|takes a graph of stage model, not fused"
+    ):
         to_fused(fused(SHAPES[0]), "f32")
     with pytest.raises(GraphError, match="flatten cannot be disabled"):
         run_passes(model(SHAPES[0]), FUSED_PIPELINE, disable={"flatten"})

@@ -29,7 +29,9 @@ def test_commutative_operands_match_in_either_order():
     for operands in ("%n, %y", "%y, %n"):
         found, _ = matches(pattern, f"%n: f32[S, 4] = onnx.Neg(%x)\n%r: f32[S, 4] = onnx.Add({operands})")
         assert found == [{"a": "x", "b": "y"}]
-    found, reason = matches(Op("Sub", Op("Neg", Var("a")), Var("b")), "%n: f32[S, 4] = onnx.Neg(%x)\n%r: f32[S, 4] = onnx.Sub(%y, %n)")
+    found, reason = matches(
+        Op("Sub", Op("Neg", Var("a")), Var("b")), "%n: f32[S, 4] = onnx.Neg(%x)\n%r: f32[S, 4] = onnx.Sub(%y, %n)"
+    )
     assert not found and reason == "after onnx.Sub: expected onnx.Neg, found input y"
 
 
@@ -59,7 +61,10 @@ def test_constants():
     found, reason = matches(Op("Pow", Var("a"), Const(scalar=True)), "%r: f32[S, 4] = onnx.Pow(%x, %w)")
     assert not found and "w is no single number" in reason
     # Equal after rounding: 0.1 is no float32.
-    body = HEAD + "const %tenth: f32[] = inline(f32[], 0.10000000149011612)\n%r: f32[S, 4] = onnx.Pow(%x, %tenth)\noutput %r"
+    body = (
+        HEAD
+        + "const %tenth: f32[] = inline(f32[], 0.10000000149011612)\n%r: f32[S, 4] = onnx.Pow(%x, %tenth)\noutput %r"
+    )
     assert list(Matcher(graph(body)).match(Op("Pow", Var("a"), Const(value=0.1)), "r"))
 
 
@@ -84,11 +89,16 @@ class Double(Rule):
         return "x is y" if match["x"] == "y" else None
 
     def rewrite(self, match, editor):
-        return editor.add("onnx.Mul", [match["x"], "two"], [match.output], types=[match.graph.type(match.output)], origin=match.origin)[0]
+        return editor.add(
+            "onnx.Mul", [match["x"], "two"], [match.output], types=[match.graph.type(match.output)], origin=match.origin
+        )[0]
 
 
 def test_apply_rewrites_every_match_once():
-    body = HEAD + "%a: f32[S, 4] = onnx.Add(%x, %x)  // first\n%b: f32[S, 4] = onnx.Add(%a, %a)\n%r: f32[S, 4] = onnx.Add(%b, %y)\noutput %r"
+    body = (
+        HEAD
+        + "%a: f32[S, 4] = onnx.Add(%x, %x)  // first\n%b: f32[S, 4] = onnx.Add(%a, %a)\n%r: f32[S, 4] = onnx.Add(%b, %y)\noutput %r"
+    )
     after, count = apply(graph(body), [Double()])
     assert count == 2 and [n.op for n in after.nodes] == ["onnx.Mul", "onnx.Mul", "onnx.Add"]
     # The names of what went are given to what stands in their place; origins travel along.

@@ -10,7 +10,17 @@ from ir.optable import lookup
 from ir.text import to_text
 from passes.lower import MODEL_PIPELINE, to_model
 from tests.models import random_weights, reference_logits
-from tests.passes.helpers import SHAPES, assert_round_trip, assert_same_step, bare, checkpoint, imported, model, padded_inputs, steps
+from tests.passes.helpers import (
+    SHAPES,
+    assert_round_trip,
+    assert_same_step,
+    bare,
+    checkpoint,
+    imported,
+    model,
+    padded_inputs,
+    steps,
+)
 
 # New tokens, past, padding on the left of each request.
 STEPS = ((5, 0, [0, 2, 3]), (1, 6, [4, 0]), (3, 4, [0, 1, 5]))
@@ -61,7 +71,13 @@ def test_weights_of_other_dtypes_stay_as_they_are_stored(dtype):
 def test_the_graph_is_a_decoder_op_for_op(shape):
     layers, heads, kv_heads, head_dim, tied = shape
     graph = model(shape)
-    expected = {"embedding": 1, "linear": 7 * layers + 1, "rms_norm": 4 * layers + 1, "rope": 2 * layers, "attention": layers}
+    expected = {
+        "embedding": 1,
+        "linear": 7 * layers + 1,
+        "rms_norm": 4 * layers + 1,
+        "rope": 2 * layers,
+        "attention": layers,
+    }
     expected |= {"silu": layers, "mul": layers, "add": 2 * layers, "reshape": 4 * layers}
     assert graph.counts() == dict(sorted(expected.items(), key=lambda kv: (-kv[1], kv[0])))
     assert all("model" in lookup(n.op).stages for n in graph.nodes)
@@ -76,7 +92,9 @@ def test_the_graph_is_a_decoder_op_for_op(shape):
 
 def test_values_have_names_that_a_reader_knows():
     graph = model(SHAPES[1])
-    for name in ("hidden.0 attn_norm.1 q.0 k.1 v.0 q_norm.0 k_rope.1 attn.1 o.0 ffn_norm.0 gate.1 up.0 act.0 down.1 hidden.2 final_norm logits").split():
+    for name in (
+        "hidden.0 attn_norm.1 q.0 k.1 v.0 q_norm.0 k_rope.1 attn.1 o.0 ffn_norm.0 gate.1 up.0 act.0 down.1 hidden.2 final_norm logits"
+    ).split():
         assert name in graph.values, name
     assert graph.producers["q.1"].origin == ("/model/layers.1/self_attn/q_proj/MatMul",)
 
@@ -103,6 +121,8 @@ def test_history_counts_and_dumps(tmp_path):
     names = [p.name for p in MODEL_PIPELINE]
     assert [h[0] for h in graph.meta["passes"]] == names
     assert dict(h[:2] for h in graph.meta["passes"])["raise_rope"] == 2
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["00-import.ir"] + [f"{i:02}-{n}.ir" for i, n in enumerate(names, 1)]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["00-import.ir"] + [
+        f"{i:02}-{n}.ir" for i, n in enumerate(names, 1)
+    ]
     assert len(lines) == len(names)
     assert (tmp_path / f"{len(names):02}-canonicalise.ir").read_text() == to_text(graph)

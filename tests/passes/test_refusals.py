@@ -60,7 +60,9 @@ def window(size: int) -> Callable[[Respelling], None]:
         causal = next(n for n in r.graph.nodes if n.op == "onnx.LessOrEqual")
         far = r.add("Sub", [queries, r.number(size, np.int64)], r.type(queries))
         near = r.add("Greater", [keys, far], causal.outputs[0].type)
-        r.replace(seen, r.add("And", [r.add("And", list(seen.inputs), seen.outputs[0].type), near], seen.outputs[0].type))
+        r.replace(
+            seen, r.add("And", [r.add("And", list(seen.inputs), seen.outputs[0].type), near], seen.outputs[0].type)
+        )
 
     return fn
 
@@ -122,7 +124,11 @@ def test_a_position_bias():
     def alibi(r: Respelling) -> None:
         seen, keys, _ = seen_node(r)
         bias = next(n for n in r.graph.nodes if n.op == "onnx.Where" and n.output.startswith("/model/causal_mask"))
-        slope = r.add("Mul", [r.add("Cast", [keys], r.type(keys).with_dtype("f32"), to="f32"), r.number(0.01)], r.type(keys).with_dtype("f32"))
+        slope = r.add(
+            "Mul",
+            [r.add("Cast", [keys], r.type(keys).with_dtype("f32"), to="f32"), r.number(0.01)],
+            r.type(keys).with_dtype("f32"),
+        )
         copy = r.add("Where", list(bias.inputs), bias.outputs[0].type)
         r.replace(bias, r.add("Add", [copy, slope], bias.outputs[0].type))
 
@@ -153,7 +159,10 @@ def test_no_mask_at_all():
     refused(18, unmasked, "there is no mask")
 
     def maskless(r: Respelling) -> None:
-        r.editor.nodes = [replace(n, inputs=(*n.inputs[:3], "", *n.inputs[4:])) if n.op == "onnx.Attention" else n for n in r.editor.nodes]
+        r.editor.nodes = [
+            replace(n, inputs=(*n.inputs[:3], "", *n.inputs[4:])) if n.op == "onnx.Attention" else n
+            for n in r.editor.nodes
+        ]
 
     refused(23, maskless, "there is no mask")
 
@@ -161,7 +170,10 @@ def test_no_mask_at_all():
 def test_the_op_may_be_causal_by_itself():
     def causal(r: Respelling) -> None:
         r.editor.nodes = [
-            replace(n, inputs=(*n.inputs[:3], "", *n.inputs[4:]), attrs={**n.attrs, "is_causal": 1}) if n.op == "onnx.Attention" else n for n in r.editor.nodes
+            replace(n, inputs=(*n.inputs[:3], "", *n.inputs[4:]), attrs={**n.attrs, "is_causal": 1})
+            if n.op == "onnx.Attention"
+            else n
+            for n in r.editor.nodes
         ]
 
     graph = edit(23, causal)
@@ -183,7 +195,10 @@ def test_heads_in_another_order():
                 x = node.inputs[0]
                 batch, heads, total, dim = r.type(x).shape
                 one = r.add("Unsqueeze", [x, r.ints(1)], r.type(x).with_shape(batch, 1, heads, total, dim))
-                r.replace(expand, r.add("Expand", [one, r.ints(1, 2, 1, 1, 1)], r.type(x).with_shape(batch, 2, heads, total, dim)))
+                r.replace(
+                    expand,
+                    r.add("Expand", [one, r.ints(1, 2, 1, 1, 1)], r.type(x).with_shape(batch, 2, heads, total, dim)),
+                )
 
     refused(18, tiled, "attention at", "query, key and value do not fit")
 
@@ -198,7 +213,9 @@ def test_scaled_values():
     refused(18, scaled, "the values are multiplied by 0.5")
 
 
-@pytest.mark.parametrize("attrs, words", [({"softcap": 30.0}, "softcap"), ({"left_window_size": 4}, "left_window_size")])
+@pytest.mark.parametrize(
+    "attrs, words", [({"softcap": 30.0}, "softcap"), ({"left_window_size": 4}, "left_window_size")]
+)
 def test_attention_attributes(attrs, words):
     refused(23, set_attrs("Attention", **attrs), words)
 
@@ -262,7 +279,9 @@ def _by_place(r, node, type_):
 @pytest.mark.parametrize("change", [_shifted, _squared, _wrapped, _by_place], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("opset", [18, 23])
 def test_angles_that_are_not_rotary(change, opset):
-    refused(opset, angles(change), "rope", "/model/layers.0/self_attn/q_rope", "not cos and sin of position * frequency")
+    refused(
+        opset, angles(change), "rope", "/model/layers.0/self_attn/q_rope", "not cos and sin of position * frequency"
+    )
 
 
 def test_frequencies_that_depend_on_the_length():
@@ -359,7 +378,10 @@ def test_another_activation():
         for node in r.some("Sigmoid"):
             r.replace(node, r.add("Tanh", list(node.inputs), node.outputs[0].type))
 
-    with pytest.raises(UnsupportedError, match=r"onnx.Tanh -> \S+ .*closest: silu at .*after mul: expected onnx.Sigmoid, found onnx.Tanh"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"onnx.Tanh -> \S+ .*closest: silu at .*after mul: expected onnx.Sigmoid, found onnx.Tanh",
+    ):
         to_model(edit(18, tanh))
 
 
@@ -388,7 +410,11 @@ def test_biases_become_part_of_the_linear():
 
     def biases(r: Respelling) -> None:
         rng = np.random.default_rng(1)
-        for i, node in enumerate(n for n in r.graph.nodes if n.op == "onnx.MatMul" and n.output.endswith(("q_proj/MatMul_output_0", "v_proj/MatMul_output_0"))):
+        for i, node in enumerate(
+            n
+            for n in r.graph.nodes
+            if n.op == "onnx.MatMul" and n.output.endswith(("q_proj/MatMul_output_0", "v_proj/MatMul_output_0"))
+        ):
             type_ = node.outputs[0].type
             bias = r.editor.constant(f"bias_{i}", Inline(rng.normal(size=type_.shape[-1]).astype(np.float32)))  # type: ignore[arg-type]
             copy = r.add("MatMul", list(node.inputs), type_)

@@ -124,8 +124,16 @@ def test_a_chain_of_residuals():
 
 
 def test_no_add_rms_norm():
-    holds_still("fuse_add_rms_norm", SUM + "%m: f32[T, 7] = mul(%a, %b)\n%y: f32[T, 7] = rms_norm(%m, %w) {epsilon=1e-06}\noutput %y", "expected add, found mul")
-    holds_still("fuse_add_rms_norm", SUM + "%y: f32[T, 7] = rms_norm(%a, %w) {epsilon=1e-06}\noutput %y", "expected add, found input")
+    holds_still(
+        "fuse_add_rms_norm",
+        SUM + "%m: f32[T, 7] = mul(%a, %b)\n%y: f32[T, 7] = rms_norm(%m, %w) {epsilon=1e-06}\noutput %y",
+        "expected add, found mul",
+    )
+    holds_still(
+        "fuse_add_rms_norm",
+        SUM + "%y: f32[T, 7] = rms_norm(%a, %w) {epsilon=1e-06}\noutput %y",
+        "expected add, found input",
+    )
 
 
 # --- norm_rope ------------------------------------------------------------------------------------------------------------------------------------
@@ -137,7 +145,12 @@ ROPE = "%y: f32[T, 3, 4] = rope(%n, %positions, %inv_freq) {attention_factor=1.2
 def test_norm_rope_keeps_the_attributes():
     after = fires("fuse_norm_rope", HEADS + ROPE + "output %y")
     (node,) = after.nodes
-    assert node.attrs == {"epsilon": 1e-06, "attention_factor": 1.25, "interleaved": True} and node.inputs == ("x", "w", "positions", "inv_freq")
+    assert node.attrs == {"epsilon": 1e-06, "attention_factor": 1.25, "interleaved": True} and node.inputs == (
+        "x",
+        "w",
+        "positions",
+        "inv_freq",
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +158,10 @@ def test_norm_rope_keeps_the_attributes():
     [
         (ROPE + "%z: f32[T, 3, 4] = add(%y, %n)\noutput %z", "n is read elsewhere too"),
         (ROPE + "output %y\noutput %n", "n is read elsewhere too"),
-        ("%y: f32[T, 3, 4] = rope(%x, %positions, %inv_freq)\n%z: f32[T, 3, 4] = add(%y, %n)\noutput %z", "expected rms_norm, found input"),
+        (
+            "%y: f32[T, 3, 4] = rope(%x, %positions, %inv_freq)\n%z: f32[T, 3, 4] = add(%y, %n)\noutput %z",
+            "expected rms_norm, found input",
+        ),
     ],
 )
 def test_no_norm_rope(rest, reason):
@@ -155,7 +171,9 @@ def test_no_norm_rope(rest, reason):
 # --- merge_qkv ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def attention(q: str = "x", k: str = "x", v: str = "x", dtypes=("f32",) * 3, biases=(False,) * 3, more: str = "") -> str:
+def attention(
+    q: str = "x", k: str = "x", v: str = "x", dtypes=("f32",) * 3, biases=(False,) * 3, more: str = ""
+) -> str:
     """x [T, 7] -> heads 6, kv heads 3, head_dim 4."""
     lines = ["input %x: f32[T, 7]", "input %other: f32[T, 7]", "input %lens: i32[R]", "input %starts: i32[R]"]
     lines += ["input %k_cache.0: f32[R, 3, C, 4]", "input %v_cache.0: f32[R, 3, C, 4]"]
@@ -178,7 +196,11 @@ def test_merge_qkv():
     whole = after.producers["qkv.0"]
     assert whole.inputs == ("x", "m.qkv_proj.weight") and after.type("m.qkv_proj.weight").shape == (48, 7)
     split = after.producers["q.0"]
-    assert split.attrs == {"axis": 1, "sizes": (24, 12, 12)} and [v.name for v in split.outputs] == ["q.0", "k.0", "v.0"]
+    assert split.attrs == {"axis": 1, "sizes": (24, 12, 12)} and [v.name for v in split.outputs] == [
+        "q.0",
+        "k.0",
+        "v.0",
+    ]
 
 
 def test_merge_qkv_with_biases():
@@ -201,7 +223,9 @@ def test_no_merge_qkv(arguments, reason):
 
 
 def test_no_merge_of_a_value_that_is_no_projection():
-    body = attention().replace("%vh: f32[T, 3, 4] = reshape(%v.0)", "%v2: f32[T, 12] = silu(%v.0)\n%vh: f32[T, 3, 4] = reshape(%v2)")
+    body = attention().replace(
+        "%vh: f32[T, 3, 4] = reshape(%v.0)", "%v2: f32[T, 12] = silu(%v.0)\n%vh: f32[T, 3, 4] = reshape(%v2)"
+    )
     holds_still("merge_qkv", body, "vh does not come from a linear")
     shared = attention().replace("%vh: f32[T, 3, 4] = reshape(%v.0)", "%vh: f32[T, 3, 4] = reshape(%k.0)")
     holds_still("merge_qkv", shared, "k.0 is used twice")
@@ -210,8 +234,15 @@ def test_no_merge_of_a_value_that_is_no_projection():
 # --- merge_gate_up --------------------------------------------------------------------------------------------------------------------------------
 
 
-def feed_forward(gate: str = "x", up: str = "x", dtype: str = "f32", bias: str = "", fused: bool = True, swap: bool = False) -> str:
-    lines = ["input %x: f32[T, 7]", "input %other: f32[T, 7]", const("m.gate_proj.weight", 5, 7), const("m.up_proj.weight", 5, 7, dtype=dtype)]
+def feed_forward(
+    gate: str = "x", up: str = "x", dtype: str = "f32", bias: str = "", fused: bool = True, swap: bool = False
+) -> str:
+    lines = [
+        "input %x: f32[T, 7]",
+        "input %other: f32[T, 7]",
+        const("m.gate_proj.weight", 5, 7),
+        const("m.up_proj.weight", 5, 7, dtype=dtype),
+    ]
     lines += [const("m.gate_proj.bias", 5)] if bias else []
     lines.append(f"%up.0: f32[T, 5] = linear(%{up}, %m.up_proj.weight)")
     lines.append(f"%gate.0: f32[T, 5] = linear(%{gate}, %m.gate_proj.weight{bias})")
@@ -227,7 +258,10 @@ def feed_forward(gate: str = "x", up: str = "x", dtype: str = "f32", bias: str =
 def test_merge_gate_up_gate_first(form):
     after = fires("merge_gate_up", feed_forward(**form))
     assert [v.name for v in after.producers["up.0"].outputs] == ["gate.0", "up.0"]
-    names = [c.data.parts[0].key == graph(feed_forward()).constants["m.gate_proj.weight"].data.key for c in after.constants.values()]  # type: ignore[union-attr]
+    names = [
+        c.data.parts[0].key == graph(feed_forward()).constants["m.gate_proj.weight"].data.key
+        for c in after.constants.values()
+    ]  # type: ignore[union-attr]
     assert names == [True]
 
 
@@ -263,14 +297,25 @@ def test_flatten_small():
     after, count = flatten(graph(START + LOGITS, "model"))
     verify(after)
     assert count == 1
-    assert [str(v.type) for v in after.inputs] == ["i32[T]", "i32[T]", "i32[R]", "i32[R]", "i32[L]", "f32[R, 3, C, 2]", "f32[R, 3, C, 2]"]
+    assert [str(v.type) for v in after.inputs] == [
+        "i32[T]",
+        "i32[T]",
+        "i32[R]",
+        "i32[R]",
+        "i32[L]",
+        "f32[R, 3, C, 2]",
+        "f32[R, 3, C, 2]",
+    ]
     assert str(after.type("h")) == "f32[T, 3, 2]" and str(after.type("logits")) == "f32[L, 9]"
     assert after.outputs == ("logits", "k_cache_out.0", "v_cache_out.0")
 
 
 def test_flatten_keeps_tokens_that_are_merged_already():
     """[batch * sequence, 6] is a row per token too."""
-    body = START + "%m: f32[B*S, 6] = reshape(%f) {shape=(<B*S>, 6)}\n%l: f32[B*S, 9] = linear(%m, %head)\n%logits: f32[B, S, 9] = reshape(%l) {shape=(<B>, <S>, 9)}\noutput %logits"
+    body = (
+        START
+        + "%m: f32[B*S, 6] = reshape(%f) {shape=(<B*S>, 6)}\n%l: f32[B*S, 9] = linear(%m, %head)\n%logits: f32[B, S, 9] = reshape(%l) {shape=(<B>, <S>, 9)}\noutput %logits"
+    )
     after, _ = flatten(graph(body, "model"))
     verify(after)
     assert str(after.type("m")) == "f32[T, 6]"
@@ -284,11 +329,25 @@ def test_flatten_keeps_tokens_that_are_merged_already():
         (START + LOGITS + "\noutput %f", "outputs are logits, f; expected logits and caches"),
         (START + "output %keys", "outputs are caches only"),
         (START + "%p: f32[B, 3, S, 2] = silu(%keys)\n" + LOGITS, "silu p reads keys"),
-        (START + "%m: f32[B, 6*S] = reshape(%f) {shape=(<B>, <6*S>)}\n%l: f32[B, S, 6] = reshape(%m) {shape=(<B>, <S>, 6)}\noutput %l", "does not keep tokens [B, S] apart"),
-        (START.replace("input %ids", "input %extra: f32[B, S, 6]\ninput %ids") + "%e: f32[B, S, 6] = add(%f, %extra)\noutput %e", "add e reads input extra"),
-        ("input %x: f32[B, S, 6]\n" + const("w", 9, 6) + "\n%y: f32[B, S, 9] = linear(%x, %w)\noutput %y", "no embedding of token ids"),
         (
-            START.replace("input %ids", "input %more: i64[B, S]\ninput %ids").replace("%f: f32", "%r2: f32[B, S, 3, 2] = rope(%a, %more, %inv_freq)\n%f: f32").replace("reshape(%a)", "reshape(%r2)") + LOGITS,
+            START
+            + "%m: f32[B, 6*S] = reshape(%f) {shape=(<B>, <6*S>)}\n%l: f32[B, S, 6] = reshape(%m) {shape=(<B>, <S>, 6)}\noutput %l",
+            "does not keep tokens [B, S] apart",
+        ),
+        (
+            START.replace("input %ids", "input %extra: f32[B, S, 6]\ninput %ids")
+            + "%e: f32[B, S, 6] = add(%f, %extra)\noutput %e",
+            "add e reads input extra",
+        ),
+        (
+            "input %x: f32[B, S, 6]\n" + const("w", 9, 6) + "\n%y: f32[B, S, 9] = linear(%x, %w)\noutput %y",
+            "no embedding of token ids",
+        ),
+        (
+            START.replace("input %ids", "input %more: i64[B, S]\ninput %ids")
+            .replace("%f: f32", "%r2: f32[B, S, 3, 2] = rope(%a, %more, %inv_freq)\n%f: f32")
+            .replace("reshape(%a)", "reshape(%r2)")
+            + LOGITS,
             "rope reads positions_in and more",
         ),
         ((START + LOGITS).replace("%head", "%lens"), "a value is called lens"),

@@ -12,11 +12,20 @@ from tests.passes.helpers import SHAPES, assert_same_step, bare, checkpoint, imp
 from tests.passes.respell import SPELLINGS, respell, shuffled
 
 # Which opsets a spelling changes: at 23 norms, rope and attention are ops of their own.
-ONLY_18 = {"reciprocal", "power", "division", "square", "expanded_by_shape", "scale_on_both", "scale_on_queries", "scale_by_division"}
+ONLY_18 = {
+    "reciprocal",
+    "power",
+    "division",
+    "square",
+    "expanded_by_shape",
+    "scale_on_both",
+    "scale_on_queries",
+    "scale_by_division",
+}
 ONLY_18 |= {"keys_through_three_axes", "mask_by_where", "softmax_without_nan", "rope_by_halves"}
 
 
-def expect_same(graph, shape, kv=True, frequencies=True):
+def expect_same(graph, shape, kv=True):
     verify(graph)
     found = to_model(graph)
     assert to_text(bare(found)) == to_text(bare(model(shape, 18, kv)))
@@ -30,7 +39,12 @@ def test_one_other_spelling(name, opset):
     shape = SHAPES[1]
     graph = respell(imported(shape, opset), name, seed=3)
     assert graph.nodes != imported(shape, opset).nodes, "the spelling changed nothing"
-    if name not in ("tables_of_angles", "scale_on_both", "scale_by_division", "mask_by_where"):  # these round differently
+    if name not in (
+        "tables_of_angles",
+        "scale_on_both",
+        "scale_by_division",
+        "mask_by_where",
+    ):  # these round differently
         assert_same_step(imported(shape, opset), graph, checkpoint(shape), 3, 2, [0, 3])
     expect_same(graph, shape)
 
@@ -44,7 +58,19 @@ def test_many_spellings_at_once(seed):
     kv = bool(rng.random() < 0.75)
     graph = imported(shape, opset, kv)
     # Those that look for one spelling come before those that change it.
-    for name in SPELLINGS if seed % 2 else ("division", "rope_by_halves", "mask_by_where", "computed_shapes", "softmax_without_nan", "swapped_operands", "identities"):
+    for name in (
+        SPELLINGS
+        if seed % 2
+        else (
+            "division",
+            "rope_by_halves",
+            "mask_by_where",
+            "computed_shapes",
+            "softmax_without_nan",
+            "swapped_operands",
+            "identities",
+        )
+    ):
         if name != "tables_of_angles" and rng.random() < 0.6 and not (opset == 23 and name in ONLY_18):
             try:
                 graph = respell(graph, name, seed, share=0.6)

@@ -428,7 +428,7 @@ def test_close_is_final_and_may_be_repeated(open_fake: Any) -> None:
 
 
 def test_a_refused_model_leaks_nothing(fake_build: Path, no_infinicore: None) -> None:
-    with pytest.raises(InfiniCoreError, match="createQwen3Model failed with status 1: createQwen3Model: status 3"):
+    with pytest.raises(InfiniCoreError, match="createQwen3Model failed with status 3: createQwen3Model: status 3"):
         Qwen3ForCausalLM(build=fake_build, ndev=2)
 
 

@@ -63,7 +63,7 @@ struct Bf16Product {
 // right operand is at b + j * b_col. FIRST starts the sums at 0, else they continue from `kept`; LAST adds up the lanes,
 // out[i * DOT_COLS + j], else the sums go to `kept`. So cutting k into pieces changes nothing in the result.
 template <class Product, size_t ROWS, size_t COLS, bool FIRST, bool LAST>
-inline void dotTile(size_t k, const typename Product::A *a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Product::B *b, ptrdiff_t b_col, Vec *kept, float *out) {
+__attribute__((noinline)) void dotTile(size_t k, const typename Product::A *a, ptrdiff_t a_row, ptrdiff_t a_step, const typename Product::B *b, ptrdiff_t b_col, Vec *kept, float *out) {
     using Operand = typename Product::Operand;
     Vec sums[ROWS][COLS];
     unrolled<ROWS * COLS>([&](auto ij) {
@@ -203,75 +203,78 @@ void gemmDot(const GemmBlock &g) {
     }
 }
 
-// ROWS rows by VECS vectors of columns. With TAIL there is one vector, of which only the first `lanes` lanes exist.
-template <class TB, class TC, size_t ROWS, size_t VECS, bool TAIL>
-inline void outerTile(const GemmBlock &g, size_t m, size_t n, size_t lanes) {
+// out[i * OUTER_VECS * LANES + j] = sum over k of ROWS rows of A times VECS vectors of columns. With TAIL there is one
+// vector, of which only the first `lanes` lanes exist. (No inlining, here and above: once per operand types is enough.)
+template <class TB, size_t ROWS, size_t VECS, bool TAIL>
+__attribute__((noinline)) void outerTile(size_t k, const float *a, ptrdiff_t a_row, ptrdiff_t a_col, const TB *b, ptrdiff_t b_row, size_t lanes, float *out) {
     static_assert(!TAIL || VECS == 1);
-    const float *a = static_cast<const float *>(g.a) + ptrdiff_t(m) * g.a_row;
-    const TB *b = static_cast<const TB *>(g.b) + n;
     Vec totals[ROWS][VECS];
     unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { totals[i.value][j.value] = vzero(); }); });
-    for (size_t k0 = 0; k0 < g.k; k0 += K_PIECE) {
-        const size_t k1 = minOf(g.k, k0 + K_PIECE);
+    for (size_t k0 = 0; k0 < k; k0 += K_PIECE) {
+        const size_t k1 = minOf(k, k0 + K_PIECE);
         Vec sums[ROWS][VECS];
         unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { sums[i.value][j.value] = vzero(); }); });
         for (size_t p = k0; p < k1; ++p) {
-            const TB *row = b + ptrdiff_t(p) * g.b_row;
+            const TB *row = b + ptrdiff_t(p) * b_row;
             Vec right[VECS];
             unrolled<VECS>([&](auto j) { right[j.value] = TAIL ? vloadPart(row, lanes) : vload(row + j.value * LANES); });
             unrolled<ROWS>([&](auto i) {
-                const Vec left = vset(a[ptrdiff_t(i.value) * g.a_row + ptrdiff_t(p) * g.a_col]);
+                const Vec left = vset(a[ptrdiff_t(i.value) * a_row + ptrdiff_t(p) * a_col]);
                 unrolled<VECS>([&](auto j) { sums[i.value][j.value] = vfma(left, right[j.value], sums[i.value][j.value]); });
             });
         }
         unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { totals[i.value][j.value] = vadd(totals[i.value][j.value], sums[i.value][j.value]); }); });
     }
-    const size_t width = TAIL ? lanes : LANES;
-    for (size_t i = 0; i < ROWS; ++i) {
-        TC *row = static_cast<TC *>(g.c) + ptrdiff_t(m + i) * g.c_row + ptrdiff_t(n) * g.c_col;
-        for (size_t j = 0; j < VECS; ++j) {
-            if (g.c_col == 1) {
-                Vec value = vmul(vset(g.alpha), totals[i][j]);
-                if (g.beta != 0.0f) {
-                    value = vfma(vset(g.beta), vloadUpTo(row + j * LANES, width), value);
-                }
-                vstoreUpTo(row + j * LANES, value, width);
-            } else {
-                float values[LANES];
-                vstore(values, totals[i][j]);
-                for (size_t l = 0; l < width; ++l) {
-                    storeElement(row + ptrdiff_t(j * LANES + l) * g.c_col, values[l], g.alpha, g.beta);
-                }
-            }
-        }
-    }
+    unrolled<ROWS>([&](auto i) { unrolled<VECS>([&](auto j) { vstore(out + (i.value * OUTER_VECS + j.value) * LANES, totals[i.value][j.value]); }); });
 }
 
-template <class TB, class TC, size_t VECS, bool TAIL, size_t ROWS = OUTER_ROWS>
-inline void outerTileRows(const GemmBlock &g, size_t m, size_t n, size_t rows, size_t lanes) {
+template <class TB, size_t VECS, bool TAIL, size_t ROWS = OUTER_ROWS>
+inline void outerTileRows(size_t rows, size_t k, const float *a, ptrdiff_t a_row, ptrdiff_t a_col, const TB *b, ptrdiff_t b_row, size_t lanes, float *out) {
     if (rows == ROWS) {
-        outerTile<TB, TC, ROWS, VECS, TAIL>(g, m, n, lanes);
+        outerTile<TB, ROWS, VECS, TAIL>(k, a, a_row, a_col, b, b_row, lanes, out);
     } else if constexpr (ROWS > 1) {
-        outerTileRows<TB, TC, VECS, TAIL, ROWS - 1>(g, m, n, rows, lanes);
+        outerTileRows<TB, VECS, TAIL, ROWS - 1>(rows, k, a, a_row, a_col, b, b_row, lanes, out);
     }
 }
 
 template <class TB, class TC>
 void gemmOuter(const GemmBlock &g) {
     constexpr size_t WIDTH = OUTER_VECS * LANES;
+    float tile[OUTER_ROWS * WIDTH];
     for (size_t n = g.n0; n < g.n1;) {
         const size_t left = g.n1 - n;
+        const size_t width = left >= WIDTH ? WIDTH : minOf(LANES, left);
+        const TB *b = static_cast<const TB *>(g.b) + n;
         for (size_t m = g.m0; m < g.m1; m += OUTER_ROWS) {
             const size_t rows = minOf(OUTER_ROWS, g.m1 - m);
-            if (left >= WIDTH) {
-                outerTileRows<TB, TC, OUTER_VECS, false>(g, m, n, rows, LANES);
-            } else if (left >= LANES) {
-                outerTileRows<TB, TC, 1, false>(g, m, n, rows, LANES);
+            const float *a = static_cast<const float *>(g.a) + ptrdiff_t(m) * g.a_row;
+            if (width == WIDTH) {
+                outerTileRows<TB, OUTER_VECS, false>(rows, g.k, a, g.a_row, g.a_col, b, g.b_row, LANES, tile);
+            } else if (width == LANES) {
+                outerTileRows<TB, 1, false>(rows, g.k, a, g.a_row, g.a_col, b, g.b_row, LANES, tile);
             } else {
-                outerTileRows<TB, TC, 1, true>(g, m, n, rows, left);
+                outerTileRows<TB, 1, true>(rows, g.k, a, g.a_row, g.a_col, b, g.b_row, width, tile);
+            }
+            for (size_t i = 0; i < rows; ++i) {
+                TC *row = static_cast<TC *>(g.c) + ptrdiff_t(m + i) * g.c_row + ptrdiff_t(n) * g.c_col;
+                const float *sums = tile + i * WIDTH;
+                if (g.c_col == 1) {
+                    for (size_t j = 0; j < width; j += LANES) {
+                        const size_t lanes = minOf(LANES, width - j);
+                        Vec value = vmul(vset(g.alpha), vload(sums + j));
+                        if (g.beta != 0.0f) {
+                            value = vfma(vset(g.beta), vloadUpTo(row + j, lanes), value);
+                        }
+                        vstoreUpTo(row + j, value, lanes);
+                    }
+                } else {
+                    for (size_t j = 0; j < width; ++j) {
+                        storeElement(row + ptrdiff_t(j) * g.c_col, sums[j], g.alpha, g.beta);
+                    }
+                }
             }
         }
-        n += left >= WIDTH ? WIDTH : minOf(LANES, left);
+        n += width;
     }
 }
 
