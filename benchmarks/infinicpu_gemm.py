@@ -22,7 +22,11 @@ import numpy as np
 from ir.errors import run_cli
 from runtime.infinicpu import build
 
-DTYPES = {"f32": (np.dtype(np.float32), 13), "f16": (np.dtype(np.float16), 12), "bf16": (np.dtype(ml_dtypes.bfloat16), 19)}
+DTYPES = {
+    "f32": (np.dtype(np.float32), 13),
+    "f16": (np.dtype(np.float16), 12),
+    "bf16": (np.dtype(ml_dtypes.bfloat16), 19),
+}
 # The weights' copies together are at least this large: more than the caches of common machines.
 WORKING_SET = 192 << 20
 
@@ -37,13 +41,19 @@ def tensor(lib: ctypes.CDLL, shape: Sequence[int], strides: Sequence[int], code:
     n = len(shape)
     check(
         lib.infiniopCreateTensorDescriptor(
-            ctypes.byref(desc), ctypes.c_size_t(n), (ctypes.c_size_t * n)(*shape), (ctypes.c_ssize_t * n)(*strides), code
+            ctypes.byref(desc),
+            ctypes.c_size_t(n),
+            (ctypes.c_size_t * n)(*shape),
+            (ctypes.c_ssize_t * n)(*strides),
+            code,
         )
     )
     return desc
 
 
-def measure(lib: ctypes.CDLL, handle: ctypes.c_void_p, name: str, m: int, n: int, k: int, seconds: float) -> dict[str, object]:
+def measure(
+    lib: ctypes.CDLL, handle: ctypes.c_void_p, name: str, m: int, n: int, k: int, seconds: float
+) -> dict[str, object]:
     dtype, code = DTYPES[name]
     copies = max(1, -(-WORKING_SET // (n * k * dtype.itemsize))) if m < 64 else 1
     rng = np.random.default_rng(0)
@@ -102,7 +112,9 @@ def main(argv: Sequence[str]) -> int:
         for m in args.rows:
             r = measure(lib, handle, name, m, args.n, args.k, args.seconds)
             results.append(r)
-            print(f"{name:>6} {m:5} {r['best_ms']:9.3f} {r['median_ms']:9.3f} {r['gflops']:9.1f} {r['weight_gbs']:7.1f}")
+            print(
+                f"{name:>6} {m:5} {r['best_ms']:9.3f} {r['median_ms']:9.3f} {r['gflops']:9.1f} {r['weight_gbs']:7.1f}"
+            )
     check(lib.infiniopDestroyHandle(handle))
     if args.json:
         args.json.write_text(json.dumps({"isa": isa, "threads": threads.value, "results": results}, indent=1) + "\n")

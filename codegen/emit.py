@@ -300,14 +300,15 @@ class Emitter:
 
     def areas(self) -> list[dict[str, Any]]:
         """The scratch structs: name, buffers with their address expressions, size."""
-        wanted = [("Scratch", "main", ("T", "L"))]
+        wanted: list[tuple[str, str, tuple[str, ...]]] = [("Scratch", "main", ("T", "L"))]
         if not self.paged:
             wanted += [("DecodeScratch", "decode", ("total",)), ("PrefillScratch", "prefill", ("len", "total"))]
         return [self.area(name, scope, symbols) for name, scope, symbols in wanted]
 
     def area(self, name: str, scope: str, symbols: tuple[str, ...]) -> dict[str, Any]:
         groups = self.plan.groups.get(scope, {})
-        base, bases = [], {}
+        base: list[str] = []
+        bases: dict[Dim, str] = {}
         for unit, size in sorted(groups.items(), key=lambda kv: str(kv[0])):
             bases[unit] = " + ".join(base)
             base.append(_aligned(unit, size))
@@ -323,10 +324,10 @@ class Emitter:
         unused = [(s, "") for s in symbols if not re.search(rf"\b{s}\b", spelled)]
         return dict(name=name, buffers=buffers, params=params, params_comma=", " + params, total=" + ".join(base) or "0", unused=unused)
 
-    def inputs(self) -> list[dict[str, str]]:
+    def inputs(self) -> list[dict[str, Any]]:
         """The step's integer inputs, widest first so that each is aligned."""
         sizes = {"T": "shape.tokens", "L": "shape.rows", "R": "shape.requests", "M": "shape.blocks", "R1": "(shape.requests + 1)"}
-        fields = []
+        fields: list[dict[str, Any]] = []
         for value in self.graph.inputs:
             if value.type.dtype in INPUT_TYPES and value.name not in ("lens", "starts"):
                 count = " * ".join(sizes[str(d)] for d in value.type.shape)

@@ -364,7 +364,8 @@ def loop_layers(inputs, attrs, context):
 
 def scratch_dims(type_: TensorType) -> tuple[int, Dim]:
     """A tensor's size as (static number of bytes) x (product of symbols, or 1)."""
-    coef, names = DTYPES[type_.dtype].bytes, []
+    coef = DTYPES[type_.dtype].bytes
+    names: list[str] = []
     for d in type_.shape:
         if isinstance(d, int):
             coef *= d

@@ -170,7 +170,8 @@ def _infer_rope(types, attrs):
 
 @op("rope", BOTH, "x positions inv_freq", "rotary position embedding of x [.., heads, D]", infer=_infer_rope, attrs=ROPE_ATTRS)
 def rope(inputs, attrs, context):
-    return rotate(*inputs, attrs["attention_factor"], attrs["interleaved"])
+    x, positions, inv_freq = inputs
+    return rotate(x, positions, inv_freq, attrs["attention_factor"], attrs["interleaved"])
 
 
 def _infer_norm_rope(types, attrs):

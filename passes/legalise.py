@@ -166,8 +166,9 @@ def _partners(graph: Graph, node: Node) -> list[Node]:
     for attention in graph.consumers[node.output]:
         if attention.op == "attention_cached" and attention.inputs[0] == node.output:
             other = graph.producers.get(attention.inputs[1])
-            same = other is not None and other.op == "norm_rope" and other.inputs[2:] == node.inputs[2:]
-            if same and all(other.attrs.get(k) == node.attrs.get(k) for k in ("attention_factor", "interleaved")):
+            if other is None or other.op != "norm_rope" or other.inputs[2:] != node.inputs[2:]:
+                continue
+            if all(other.attrs.get(k) == node.attrs.get(k) for k in ("attention_factor", "interleaved")):
                 # The other's operand must be there already: both come from one merged linear.
                 return [other] if graph.nodes.index(other) > graph.nodes.index(node) else []
     return []
@@ -184,11 +185,18 @@ def _rotate(low: Lowering, nodes: list[Node], values: list[str], positions: str,
     if len(nodes) == 1:
         low.put(nodes[0], rotated)
         return
-    start = 0
+    start: Dim = 0
     for node in nodes:
-        heads = node.outputs[0].type.shape[1]
+        heads = static(node.outputs[0].type.shape[1])
         low.put(node, low.call("view.slice", [rotated], node.output, node, axis=1, start=start, size=heads))
-        start += heads
+        start = static(start) + heads
+
+
+def static(dim: Dim) -> int:
+    """A dimension that is a number at compile time."""
+    if not isinstance(dim, int):
+        raise UnsupportedError(f"a size that must be known when compiling is {dim}")
+    return dim
 
 
 def _paged(low: Lowering, node: Node) -> None:
@@ -223,8 +231,8 @@ def request_body(name: str, q: TensorType, k: TensorType, scale: float, length: 
 
     A single token's rows lie as the gemm wants them already, so decode needs no copies but those into the cache.
     """
-    heads, dim = q.shape[1:]
-    groups = k.shape[1]
+    heads, dim = map(static, q.shape[1:])
+    groups = static(k.shape[1])
     dtype = q.dtype
     cache = TensorType(dtype, (groups, sym("cap"), dim))
     inputs = (

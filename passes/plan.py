@@ -155,7 +155,7 @@ class _Planner:
         if into is not None:
             return places[node.inputs[into]]
         operand = IN_PLACE.get(node.op, {}).get(k)
-        if operand is not None:
+        if operand is not None and value.name not in joins:  # a part of a join has its place
             place = places[node.inputs[operand]]
             # The operand's memory is free for the taking if nobody reads any of it after this call and no other operand lies in it.
             others = [places[n].buffer for i, n in enumerate(node.inputs) if n and i != operand]
@@ -170,9 +170,7 @@ class _Planner:
             self._occupy(place.buffer, now, end, value.name)
             return place
         if value.name in joins:
-            joined = joins[value.name][0].output
-            until = now + max(last[joined] - index, 0)
-            return self._part_of_join(graph, joins[value.name], value, places, now, until)
+            return self._part_of_join(graph, joins[value.name], value, places, now, end)  # a part lives as long as the whole
         return self._scratch(value.name, value.type, now, end)
 
     def _scratch(self, name: str, type_: TensorType, now: int, end: int) -> Place:
@@ -321,7 +319,8 @@ def reshape_strides(shape: tuple[Dim, ...], strides: tuple[Dim, ...], wanted: tu
     result: list[Dim] = []
     todo = [d for d in wanted if d != 1]
     for dims, inner in runs:
-        total, taken = dim_product(dims), []
+        total = dim_product(dims)
+        taken: list[Dim] = []
         while dim_product(taken) != total:
             if not todo:
                 return None

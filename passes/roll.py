@@ -58,7 +58,8 @@ def _candidates(nodes: Sequence[Node]) -> list[tuple[int, int, int]]:
                 continue
             count = run // period + 1
             if count > 1:
-                found.append((i - run, period, count))
+                # Where a part of a stretch is left over, the loop may begin at any of that many places.
+                found += [(i - run + shift, period, count) for shift in range(run % period + 1)]
             run = 0
     return sorted(found, key=lambda c: (-c[1] * c[2], c[1], c[0]))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ir.errors import UnsupportedError
 
@@ -74,7 +75,8 @@ def targets() -> dict[str, Target]:
     for name, record in raw.items():
         ops = {}
         for op, fields in record["ops"].items():
-            ops[op] = OpSupport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            ops[op] = OpSupport(**given)
         table[name] = Target(name, record["device"], ops, record["graph_capture"], tuple(record["collectives"]))
     return table
 

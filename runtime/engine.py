@@ -58,7 +58,7 @@ class Engine:
 
     Args:
         library: a loaded libqwen3.so.
-        meta, weights: as in qwen3_impl.hpp; ``weights`` is kept alive until close().
+        meta, weights: as in qwen3_impl.hpp; on the CPU ``weights`` is kept alive until close().
         device: infiniDevice_t. dev_ids: which devices of that kind.
 
     Raises:
@@ -73,7 +73,7 @@ class Engine:
         device: int = 0,
         dev_ids: Sequence[int] = (0,),
     ) -> None:
-        self._library, self._weights, self.meta = library, weights, meta
+        self._library, self.meta = library, meta
         self._lock = threading.RLock()  # close() must not run under another thread's call
         self._caches: set[int] = set()
         ids = (ctypes.c_int * len(dev_ids))(*dev_ids)
@@ -82,6 +82,8 @@ class Engine:
         )
         if not self._model:
             raise self._error("createQwen3Model", None)
+        # The CPU uses them where they lie; other devices have copies by now.
+        self._weights: Qwen3WeightsCStruct | None = weights if int(device) == 0 else None
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -256,7 +258,7 @@ class Engine:
             self._caches.clear()
             self._library.destroyQwen3Model(self._model)
             self._model = None
-            self._weights = None  # type: ignore[assignment]
+            self._weights = None
 
     def __enter__(self) -> Engine:
         return self

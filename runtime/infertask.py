@@ -91,6 +91,8 @@ class InferTask:
         self.temperature, self.topk, self.topp, chosen = check_sampling(temperature, topk, topp, seed)
         self.end_tokens = frozenset([end_tokens] if isinstance(end_tokens, int) else end_tokens)
         self.seed = secrets.randbits(64) if chosen is None else chosen
+        self._random: np.random.Generator | None = None
+        self._drawn, self._value = 0, 0.5
         self.pos = 0
         self.generated = 0
         self.finish_reason: str | None = None
@@ -113,9 +115,15 @@ class InferTask:
         return self._kv_cache
 
     def random_value(self) -> float:
-        """Uniform in [0, 1), float32; a function of the seed and the step alone."""
-        bits = np.random.Philox(key=self.seed, counter=[0, 0, 0, self.generated])
-        return float(np.random.Generator(bits).random(dtype=np.float32))
+        """Uniform in [0, 1), float32, a function of the seed and the step alone; 0.5 where nothing is sampled."""
+        if self.topk == 1 or self.temperature == 0:
+            return 0.5
+        if self._random is None:
+            self._random = np.random.Generator(np.random.Philox(key=self.seed))
+        while self._drawn <= self.generated:  # the same value again until next() is called
+            self._value = float(self._random.random(dtype=np.float32))
+            self._drawn += 1
+        return self._value
 
     def next(self, out_token: int | None, max_context: int | None = None) -> None:
         """Take in the token that the last round gave: the tokens of that round are in the cache now.

@@ -158,15 +158,23 @@ def load(manifest: dict[str, Any]) -> Provider:
     """
     global _loaded
     with _lock:
-        if _loaded is None or os.environ.get("INFINI_ROOT") or manifest["infinicore"] != "any":
+        if not _is_good_enough(manifest):
             root = choose(manifest)
             if _loaded is None:
                 _loaded = _open(root, manifest["ops"])
             elif root != _loaded.root:
                 raise BuildError(_second(_loaded.root, root))
         provider = _loaded
+        assert provider is not None
     check_ops(provider, manifest)
     return provider
+
+
+def _is_good_enough(manifest: dict[str, Any]) -> bool:
+    """Whether what is loaded needs no further look: the build takes any, or the embedded one and has it."""
+    if _loaded is None or os.environ.get("INFINI_ROOT"):
+        return False
+    return manifest["infinicore"] == "any" or (manifest["infinicore"] == "embedded" and _loaded.embedded)
 
 
 def check_ops(provider: Provider, manifest: dict[str, Any]) -> None:

@@ -39,8 +39,9 @@ class Build:
 
     @property
     def checkpoint_folder(self) -> Path:
-        """The folder where a tokenizer would lie."""
-        return self.source if self.data["model"]["source"]["kind"] == "checkpoint" else self.source.parent
+        """The folder where configuration and tokenizer would lie: beside the weights."""
+        kind, folder = self.data["model"]["source"]["kind"], self.data["model"].get("weights_folder")
+        return Path(folder) if folder else self.source if kind == "checkpoint" else self.source.parent
 
     @property
     def eos_token_ids(self) -> list[int]:

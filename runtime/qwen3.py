@@ -351,8 +351,10 @@ class Qwen3ForCausalLM:
         tokens = self.prompt_tokens(input_content, chat, enable_thinking, system)
         ends = self.eos_token_ids if end_tokens is None else list(end_tokens)
         check_sampling(temperature_, topk_, topp_, seed)
+        if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+            raise ConfigError(f"max_steps is {max_steps!r}, expected a whole number, at least 1")
+        self._check_length(len(tokens), "prompt")
         task = InferTask("generate", tokens, max_steps, temperature_, topk_, topp_, ends, seed)
-        self._check_task(task)
         generation = Generation(tokens)
         generation.seed = task.seed
         generation._pieces = self._pieces(task, generation)

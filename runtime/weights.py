@@ -224,7 +224,7 @@ class Qwen3WeightsImpl(Qwen3WeightsCStruct):
     ) -> Qwen3WeightsImpl:
         """Map, and where needed pack, the weights of a build; ``folder`` overrides where its files lie."""
         data = build.data
-        folder = folder or Path(data["model"].get("weights_folder") or build.checkpoint_folder)
+        folder = folder or build.checkpoint_folder
         files = recipes.Files(folder, build.folder)
         spec, memo = data["weights"], {}
 

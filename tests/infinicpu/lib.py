@@ -19,7 +19,9 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parents[2]
 SOURCE = PROJECT / "runtime" / "infinicpu"
 
-SUCCESS, INTERNAL_ERROR, NOT_IMPLEMENTED, BAD_PARAM, NULL_POINTER, DEVICE_TYPE_NOT_SUPPORTED, DEVICE_NOT_FOUND = range(7)
+SUCCESS, INTERNAL_ERROR, NOT_IMPLEMENTED, BAD_PARAM, NULL_POINTER, DEVICE_TYPE_NOT_SUPPORTED, DEVICE_NOT_FOUND = range(
+    7
+)
 BAD_DTYPE, BAD_SHAPE, BAD_STRIDES, INSUFFICIENT_WORKSPACE = range(10, 14)
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -186,7 +188,9 @@ def f(value: float) -> ctypes.c_float:
     return ctypes.c_float(value)
 
 
-def strided(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype, gaps: bool, order: Sequence[int] | None = None) -> np.ndarray:
+def strided(
+    rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype, gaps: bool, order: Sequence[int] | None = None
+) -> np.ndarray:
     """Normally distributed values in a view: dimensions laid out in `order`, with unused rows between if `gaps`."""
     order = list(order if order is not None else range(len(shape)))
     lengths = [shape[i] + (int(rng.integers(0, 4)) if gaps and n != len(order) - 1 else 0) for n, i in enumerate(order)]

@@ -43,7 +43,11 @@ def test_headers_are_clean_alone_and_together(language: str, tmp_path: Path) -> 
     for i, headers in enumerate(sources):
         text = "".join(f'#include "{h}"\n' for h in headers) + "int main(void) { return 0; }\n"
         (tmp_path / f"t{i}.{'c' if language == 'c99' else 'cpp'}").write_text(text)
-    result = subprocess.run(["g++" if "+" in language else "gcc", *flags, *map(str, sorted(tmp_path.iterdir()))], capture_output=True, text=True)
+    result = subprocess.run(
+        ["g++" if "+" in language else "gcc", *flags, *map(str, sorted(tmp_path.iterdir()))],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -61,7 +65,10 @@ def test_devices() -> None:
     assert counts[0] == 8 and not any(counts[1:])
     kind, number = ctypes.c_int(-1), ctypes.c_int(-1)
     assert rt.infinirtSetDevice(0, 3) == SUCCESS
-    assert rt.infinirtGetDevice(ctypes.byref(kind), ctypes.byref(number)) == SUCCESS and (kind.value, number.value) == (0, 3)
+    assert rt.infinirtGetDevice(ctypes.byref(kind), ctypes.byref(number)) == SUCCESS and (kind.value, number.value) == (
+        0,
+        3,
+    )
     with ThreadPoolExecutor(1) as pool:  # the current device is per thread
         pool.submit(rt.infinirtGetDevice, None, ctypes.byref(number)).result()
     assert number.value == 0
@@ -98,8 +105,15 @@ def test_memory() -> None:
     size = ctypes.c_size_t(100)
     assert rt.infinirtMemset(a, 7, size) == SUCCESS and rt.infinirtMemcpyAsync(b, a, size, 3, None) == SUCCESS
     assert ctypes.string_at(b, 100) == b"\x07" * 100
-    assert rt.infinirtMemcpy(None, a, size, 1) == NULL_POINTER and rt.infinirtMemcpy(None, None, ctypes.c_size_t(0), 1) == SUCCESS
-    assert rt.infinirtFreeAsync(a, None) == SUCCESS and rt.infinirtFreeHost(b) == SUCCESS and rt.infinirtFree(None) == SUCCESS
+    assert (
+        rt.infinirtMemcpy(None, a, size, 1) == NULL_POINTER
+        and rt.infinirtMemcpy(None, None, ctypes.c_size_t(0), 1) == SUCCESS
+    )
+    assert (
+        rt.infinirtFreeAsync(a, None) == SUCCESS
+        and rt.infinirtFreeHost(b) == SUCCESS
+        and rt.infinirtFree(None) == SUCCESS
+    )
     assert rt.infinirtMalloc(ctypes.byref(a), ctypes.c_size_t(0)) == SUCCESS and a.value is None
     assert rt.infinirtMalloc(None, size) == NULL_POINTER
     assert rt.infinirtMalloc(ctypes.byref(a), ctypes.c_size_t(1 << 62)) != SUCCESS
@@ -110,7 +124,13 @@ def test_memory() -> None:
 
 def test_streams_events_and_graphs() -> None:
     rt = runtime()
-    stream, start, end, mute, ms = (ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float(-1))
+    stream, start, end, mute, ms = (
+        ctypes.c_void_p(),
+        ctypes.c_void_p(),
+        ctypes.c_void_p(),
+        ctypes.c_void_p(),
+        ctypes.c_float(-1),
+    )
     assert rt.infinirtStreamCreate(ctypes.byref(stream)) == SUCCESS
     for event, flags in ((start, 0), (end, 2), (mute, 1)):
         assert rt.infinirtEventCreateWithFlags(ctypes.byref(event), flags) == SUCCESS
@@ -164,7 +184,12 @@ def test_counters() -> None:
     for _ in range(5):
         assert operator(x, x) == SUCCESS
     change = {k: v - before[k] for k, v in counters().items()}
-    assert (change["calls"], change["operators_created"], change["operators_alive"], change["tensors_created"]) == (5, 1, 1, 2)
+    assert (change["calls"], change["operators_created"], change["operators_alive"], change["tensors_created"]) == (
+        5,
+        1,
+        1,
+        2,
+    )
     assert change["tensors_alive"] == 0 and change["allocations"] == 0
     operator.destroy()
     assert counters()["operators_alive"] == before["operators_alive"]
@@ -196,9 +221,13 @@ def test_thread_count() -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_results_of_the_other_instruction_sets(isa: str) -> None:
     """The op tests again, in a process that uses at most `isa`; where the machine lacks it, the next lower one."""
-    tests = [f"tests/infinicpu/{name}.py" for name in ("test_gemm", "test_rows", "test_attention", "test_random_sample")]
+    tests = [
+        f"tests/infinicpu/{name}.py" for name in ("test_gemm", "test_rows", "test_attention", "test_random_sample")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    result = subprocess.run(command, cwd=PROJECT, env={**os.environ, "INFINICPU_ISA": isa}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, "INFINICPU_ISA": isa}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -216,7 +245,9 @@ def test_build_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         infinicpu.build(sanitize="memory")
     monkeypatch.setenv("QWEN3_CACHE", str(tmp_path / "cache"))
     compiler = tmp_path / "broken-g++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit 0\necho 'error: nothing works' >&2; exit 1\n")
+    compiler.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit 0\necho 'error: nothing works' >&2; exit 1\n"
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildError) as caught:

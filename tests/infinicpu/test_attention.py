@@ -21,7 +21,9 @@ INDEX_DTYPES = [np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint32)]
 seeds = st.integers(0, 99)
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: int, scale: float, slope: float) -> tuple[np.ndarray, np.ndarray]:
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: int, scale: float, slope: float
+) -> tuple[np.ndarray, np.ndarray]:
     """One query over k, v [total, dim] in float64; (result, error bound before the rounding to the dtype)."""
     q, k, v = (x.astype(np.float64) for x in (q, k[:visible], v[:visible]))
     if visible == 0:
@@ -55,7 +57,16 @@ class Paged:
     v: list[np.ndarray]
 
 
-def make_paged(rng: np.random.Generator, lengths: list[int], kv_heads: int, dim: int, block: int, dtype: np.dtype, index: np.dtype, by_row: bool) -> Paged:
+def make_paged(
+    rng: np.random.Generator,
+    lengths: list[int],
+    kv_heads: int,
+    dim: int,
+    block: int,
+    dtype: np.dtype,
+    index: np.dtype,
+    by_row: bool,
+) -> Paged:
     """`by_row` lays the cache out as [blocks, block_size, kv_heads, dim] in memory."""
     width = max(1, *(-(-n // block) for n in lengths)) + 1
     blocks = len(lengths) * width + 2
@@ -118,7 +129,12 @@ def test_decode(g: dict, lengths: list[int]) -> None:
             check(out[i, h], *attend(q[i, h], cache.k[i][kv], cache.v[i][kv], length, scale, slope))
 
 
-@given(g=geometry, parts=st.lists(st.tuples(st.sampled_from([0, 1, 2, 9, 40]), st.sampled_from([0, 1, 63, 64, 200])), min_size=1, max_size=3))
+@given(
+    g=geometry,
+    parts=st.lists(
+        st.tuples(st.sampled_from([0, 1, 2, 9, 40]), st.sampled_from([0, 1, 63, 64, 200])), min_size=1, max_size=3
+    ),
+)
 def test_prefill(g: dict, parts: list[tuple[int, int]]) -> None:
     rng = np.random.default_rng(g["seed"])
     heads, dim = g["group"] * g["kv_heads"], g["dim"]
@@ -148,7 +164,11 @@ def test_prefill_padding_sequence_writes_zeros(dtype: np.dtype) -> None:
     cache = make_paged(rng, [0, 5], 2, 16, 4, dtype, INDEX_DTYPES[0], False)
     q, out = (rng.standard_normal((5, 4, 16)).astype(dtype) for _ in range(2))
     starts = np.array([0, 3, 5], np.int32)
-    call("PagedAttentionPrefill", [out, q, cache.k_cache, cache.v_cache, cache.tables, cache.lengths, starts, None], [f(0.25)])
+    call(
+        "PagedAttentionPrefill",
+        [out, q, cache.k_cache, cache.v_cache, cache.tables, cache.lengths, starts, None],
+        [f(0.25)],
+    )
     assert (out[:3].astype(np.float32) == 0).all() and np.isfinite(out[3:].astype(np.float32)).all()
 
 
@@ -169,7 +189,9 @@ def test_prefill_and_decode_agree(dtype: np.dtype) -> None:
     call("PagedAttention", [alone, last[:1], *common, cache.tables[:1], cache.lengths[:1], None], [f(0.125)])
     tolerance = 5e-6 + unit_roundoff(dtype) * 2 * (dtype != F32)
     for actual, expected in [(decode, prefill[[199, 276]]), (alone, prefill[[199]])]:
-        np.testing.assert_allclose(actual.astype(np.float32), expected.astype(np.float32), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            actual.astype(np.float32), expected.astype(np.float32), rtol=tolerance, atol=tolerance
+        )
 
 
 def bad_decode(**changes: object) -> int:
@@ -214,7 +236,9 @@ def test_prefill_refuses_bad_starts(starts: list[int]) -> None:
     by_row=st.booleans(),
     seed=seeds,
 )
-def test_paged_caching(dtype: np.dtype, tokens: int, kv_heads: int, dims: tuple[int, int], block: int, by_row: bool, seed: int) -> None:
+def test_paged_caching(
+    dtype: np.dtype, tokens: int, kv_heads: int, dims: tuple[int, int], block: int, by_row: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     blocks = 8
     order = (0, 2, 1, 3) if by_row else (0, 1, 2, 3)
@@ -305,7 +329,9 @@ def test_decode_is_the_same_with_any_number_of_threads() -> None:
         for threads in (1, 2, 5):
             library().infinicpuSetNumThreads(threads)
             out = np.empty_like(q)
-            call("PagedAttention", [out, q, cache.k_cache, cache.v_cache, cache.tables, cache.lengths, None], [f(0.125)])
+            call(
+                "PagedAttention", [out, q, cache.k_cache, cache.v_cache, cache.tables, cache.lengths, None], [f(0.125)]
+            )
             results.append(out)
     finally:
         library().infinicpuSetNumThreads(2)

@@ -34,7 +34,15 @@ dims = st.one_of(st.integers(1, 9), st.sampled_from([16, 23, 31, 33, 64, 65, 100
 layouts = st.tuples(st.booleans(), st.booleans(), st.booleans())
 
 
-@given(dims, dims, st.one_of(dims, st.sampled_from([257, 515])), st.sampled_from(FLOATS), layouts, st.booleans(), st.integers(0, 99))
+@given(
+    dims,
+    dims,
+    st.one_of(dims, st.sampled_from([257, 515])),
+    st.sampled_from(FLOATS),
+    layouts,
+    st.booleans(),
+    st.integers(0, 99),
+)
 @example(1, 70, 129, BF16, (False, True, False), False, 1)
 @example(50, 77, 300, F16, (False, True, False), True, 2)
 @example(29, 200, 40, F32, (True, False, True), True, 3)
@@ -50,7 +58,9 @@ def test_matrix(m: int, n: int, k: int, dtype: np.dtype, columns: tuple[bool, ..
     check(c, exact, size, k)
 
 
-@given(st.integers(2, 5), st.sampled_from(["abc", "bc", "ac"]), st.sampled_from(FLOATS), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(2, 5), st.sampled_from(["abc", "bc", "ac"]), st.sampled_from(FLOATS), st.booleans(), st.integers(0, 99)
+)
 def test_batch(batch: int, batched: str, dtype: np.dtype, weight_layout: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     m, n, k = 7, 19, 35
@@ -89,7 +99,9 @@ def test_a_row_does_not_depend_on_the_batch(dtype: np.dtype, weight_layout: bool
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_empty_dimensions(dtype: np.dtype) -> None:
     for m, n, k in [(0, 5, 3), (4, 0, 3)]:
-        call("Gemm", [np.zeros((m, n), dtype), np.ones((m, k), dtype), np.ones((k, n), dtype)], call_scalars=[f(1), f(0)])
+        call(
+            "Gemm", [np.zeros((m, n), dtype), np.ones((m, k), dtype), np.ones((k, n), dtype)], call_scalars=[f(1), f(0)]
+        )
     c = np.full((4, 5), 3, dtype)  # K = 0: nothing is added
     call("Gemm", [c, np.ones((4, 0), dtype), np.ones((5, 0), dtype).T], call_scalars=[f(1), f(2)])
     np.testing.assert_array_equal(c.astype(np.float32), 6)

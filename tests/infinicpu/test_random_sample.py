@@ -14,7 +14,9 @@ from .lib import BAD_DTYPE, BAD_PARAM, F32, FLOATS, Operator, Spec, create_statu
 I32 = np.dtype(np.int32)
 
 
-def sample(logits: np.ndarray, random_val: float, topp: float, topk: int, temperature: float, index: np.dtype = I32) -> int:
+def sample(
+    logits: np.ndarray, random_val: float, topp: float, topk: int, temperature: float, index: np.dtype = I32
+) -> int:
     result = np.full((), 77, index)
     operator = Operator("RandomSample", [result, logits])
     assert operator.status == 0
@@ -43,7 +45,9 @@ def reference(logits: np.ndarray, random_val: float, topp: float, topk: int, tem
     spread=st.sampled_from([0.5, 5.0]),
     seed=st.integers(0, 99),
 )
-def test_draw(n: int, dtype: np.dtype, random_val: float, topp: float, topk: int, temperature: float, spread: float, seed: int) -> None:
+def test_draw(
+    n: int, dtype: np.dtype, random_val: float, topp: float, topk: int, temperature: float, spread: float, seed: int
+) -> None:
     logits = (np.random.default_rng(seed).standard_normal(n) * spread).astype(dtype)
     expected, margin = reference(logits, random_val, topp, topk, temperature)
     # Weights are within some roundings (|logit - max| / temperature + 8) u of exact: a draw that close to a border may
@@ -53,7 +57,9 @@ def test_draw(n: int, dtype: np.dtype, random_val: float, topp: float, topk: int
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("arguments", [(0, 0.9, 50, 1.0), (0.5, 0, 50, 1.0), (0.5, 0.9, 1, 1.0), (0.5, 0.9, 50, 0), (0, 0.9, 0, 1.0)])
+@pytest.mark.parametrize(
+    "arguments", [(0, 0.9, 50, 1.0), (0.5, 0, 50, 1.0), (0.5, 0.9, 1, 1.0), (0.5, 0.9, 50, 0), (0, 0.9, 0, 1.0)]
+)
 def test_argmax(dtype: np.dtype, arguments: tuple) -> None:
     logits = np.random.default_rng(1).standard_normal(1234).astype(dtype)
     logits[[100, 700, 1200]] = 9  # equal largest: the lowest index
@@ -95,6 +101,17 @@ def test_special_logits() -> None:
     assert sample(nan, 0.0, 1.0, -1, 1.0) == 2 and sample(nan, 0.9, 1.0, -1, 1.0) == 2
 
 
-@pytest.mark.parametrize("arguments", [(1.5, 1, 5, 1), (-0.1, 1, 5, 1), (np.nan, 1, 5, 1), (0.5, -1, 5, 1), (0.5, 1, 0, 1), (0.5, 1, 5, -1), (0.5, 1, 5, np.nan)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (1.5, 1, 5, 1),
+        (-0.1, 1, 5, 1),
+        (np.nan, 1, 5, 1),
+        (0.5, -1, 5, 1),
+        (0.5, 1, 0, 1),
+        (0.5, 1, 5, -1),
+        (0.5, 1, 5, np.nan),
+    ],
+)
 def test_refused_scalars(arguments: tuple) -> None:
     assert sample(np.zeros(9, F32), *arguments) == -BAD_PARAM

@@ -53,9 +53,21 @@ LEGAL: dict[str, tuple[list[Spec | None], list[object]]] = {
     "RandomSample": ([s(dtype=I32), s(50)], []),
     "Attention": ([s(3, 4, 8), s(4, 3, 8), s(2, 3, 8), s(2, 3, 8), s(2, 7, 8), s(2, 7, 8)], [POS]),
     "PagedCaching": ([s(6, 2, 4, 8), s(6, 2, 4, 7), s(3, 2, 8), s(3, 2, 7), s(3, dtype=I64)], []),
-    "PagedAttention": ([s(3, 4, 8), s(3, 4, 8), s(6, 2, 5, 8), s(6, 2, 5, 8), s(3, 9, dtype=I32), s(3, dtype=I32), None], [SCALE]),
+    "PagedAttention": (
+        [s(3, 4, 8), s(3, 4, 8), s(6, 2, 5, 8), s(6, 2, 5, 8), s(3, 9, dtype=I32), s(3, dtype=I32), None],
+        [SCALE],
+    ),
     "PagedAttentionPrefill": (
-        [s(11, 4, 8), s(11, 4, 8), s(6, 2, 5, 8), s(6, 2, 5, 8), s(3, 9, dtype=I32), s(3, dtype=I32), s(4, dtype=I32), s(4)],
+        [
+            s(11, 4, 8),
+            s(11, 4, 8),
+            s(6, 2, 5, 8),
+            s(6, 2, 5, 8),
+            s(3, 9, dtype=I32),
+            s(3, dtype=I32),
+            s(4, dtype=I32),
+            s(4),
+        ],
         [SCALE],
     ),
     "KVCaching": ([s(3, 2, 9, 8), s(3, 2, 9, 8), s(3, 2, 4, 8), s(3, 2, 4, 8), s(3, dtype=I64)], []),
@@ -215,7 +227,9 @@ def test_null_descriptors_handles_and_pointers(op: str) -> None:
     args: list[object] = [None] * len(operands)
     if op not in ("Rearrange", "Embedding"):
         args = [None, ctypes.c_size_t(0), *args]
-        assert getattr(library(), f"infiniopGet{op}WorkspaceSize")(None, ctypes.byref(ctypes.c_size_t())) == NULL_POINTER
+        assert (
+            getattr(library(), f"infiniopGet{op}WorkspaceSize")(None, ctypes.byref(ctypes.c_size_t())) == NULL_POINTER
+        )
         assert getattr(library(), f"infiniopGet{op}WorkspaceSize")(missing, None) == NULL_POINTER
     assert getattr(library(), f"infiniop{op}")(None, *args, *call_scalars, None) == NULL_POINTER
     operator.destroy()  # NULL: nothing to do

@@ -95,16 +95,28 @@ ELEMENTWISE = {
     "Mul": (lambda a, b: a * b, 1),
     "SwiGLU": (lambda a, b: a * silu(b), SILU_ROUNDINGS + 1),
 }
-shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple) | st.tuples(st.integers(0, 3), st.sampled_from([37, 300, 9000]))
+shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple) | st.tuples(
+    st.integers(0, 3), st.sampled_from([37, 300, 9000])
+)
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@given(shape=shapes, dtype=st.sampled_from((*FLOATS, np.dtype(np.float64))), gaps=st.booleans(), mode=st.integers(0, 4), seed=seeds)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from((*FLOATS, np.dtype(np.float64))),
+    gaps=st.booleans(),
+    mode=st.integers(0, 4),
+    seed=seeds,
+)
 def test_binary(name: str, shape: tuple[int, ...], dtype: np.dtype, gaps: bool, mode: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     function, roundings = ELEMENTWISE[name]
     order = list(rng.permutation(len(shape))) if mode == 1 else None
-    a, b, c = strided(rng, shape, dtype, gaps, order), strided(rng, shape, dtype, gaps), strided(rng, shape, dtype, gaps)
+    a, b, c = (
+        strided(rng, shape, dtype, gaps, order),
+        strided(rng, shape, dtype, gaps),
+        strided(rng, shape, dtype, gaps),
+    )
     if mode == 2:
         b = np.broadcast_to(b[:1], shape)  # stride 0
     exact = function(a.astype(np.float64), b.astype(np.float64))
@@ -116,7 +128,13 @@ def test_binary(name: str, shape: tuple[int, ...], dtype: np.dtype, gaps: bool, 
     near(c, exact, roundings * (U if dtype != np.float64 else 2.0**-53))
 
 
-@given(shape=shapes, dtype=st.sampled_from((*FLOATS, np.dtype(np.float64))), gaps=st.booleans(), in_place=st.booleans(), seed=seeds)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from((*FLOATS, np.dtype(np.float64))),
+    gaps=st.booleans(),
+    in_place=st.booleans(),
+    seed=seeds,
+)
 def test_silu(shape: tuple[int, ...], dtype: np.dtype, gaps: bool, in_place: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = strided(rng, shape, dtype, gaps)
@@ -145,7 +163,9 @@ def test_silu_and_mul(dtype: np.dtype, dim: int, rows: int, seed: int) -> None:
 
 
 def test_silu_over_its_whole_range() -> None:
-    x = np.concatenate([np.linspace(-120, 120, 4999), np.logspace(-38, 38, 500), -np.logspace(-38, 38, 500), [0.0]]).astype(F32)
+    x = np.concatenate(
+        [np.linspace(-120, 120, 4999), np.logspace(-38, 38, 500), -np.logspace(-38, 38, 500), [0.0]]
+    ).astype(F32)
     y = np.empty_like(x)
     call("Silu", [y, x])
     with np.errstate(over="ignore"):
@@ -190,7 +210,9 @@ POSITION_DTYPES = [np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2,
     in_place=st.booleans(),
     seed=seeds,
 )
-def test_rope(algo: int, dtype: np.dtype, pos_dtype: np.dtype, half: int, batch: int, in_place: bool, seed: int) -> None:
+def test_rope(
+    algo: int, dtype: np.dtype, pos_dtype: np.dtype, half: int, batch: int, in_place: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     tokens, heads, positions = int(rng.integers(0, 6)), 3, 50
     shape = (batch, tokens, heads, 2 * half) if batch else (tokens, heads, 2 * half)

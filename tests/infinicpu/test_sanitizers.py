@@ -17,10 +17,17 @@ OPTIONS = ["-DINFINICPU_ISAS=avx2"]
 
 @pytest.mark.parametrize(
     ("sanitize", "program", "isa"),
-    [("address,undefined", "smoke", "avx2"), ("address,undefined", "smoke", "portable"), ("thread", "stress", "avx2"), ("thread", "smoke", "avx2")],
+    [
+        ("address,undefined", "smoke", "avx2"),
+        ("address,undefined", "smoke", "portable"),
+        ("thread", "stress", "avx2"),
+        ("thread", "smoke", "avx2"),
+    ],
 )
 def test_clean_under(sanitize: str, program: str, isa: str) -> None:
-    tree = cmake_build(HERE, PROJECT / "build" / f"infinicpu-{sanitize.split(',')[0]}", f"-DINFINICPU_SANITIZE={sanitize}", *OPTIONS)
+    tree = cmake_build(
+        HERE, PROJECT / "build" / f"infinicpu-{sanitize.split(',')[0]}", f"-DINFINICPU_SANITIZE={sanitize}", *OPTIONS
+    )
     environment = {**os.environ, "INFINICPU_ISA": isa, "INFINICPU_THREADS": "3"}
     result = subprocess.run([str(tree / program)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]

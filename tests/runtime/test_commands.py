@@ -80,7 +80,7 @@ def test_prompt_from_standard_input(command: Any, monkeypatch: pytest.MonkeyPatc
         (("--prompt", "x", "--top-k", "0"), "top_k is 0"),
         (("--prompt", "x", "--top-p", "nan"), "top_p is nan"),
         (("--prompt", "x", "--temperature", "-1"), "temperature is -1.0"),
-        (("--prompt", "x", "--max-steps", "0"), "max_tokens is 0"),
+        (("--prompt", "x", "--max-steps", "0"), "max_steps is 0"),
         (("--prompt", "x", "--max-steps", "many"), "invalid int value: 'many'"),
         (("--prompt", "x", "--no-such-option"), "unrecognized arguments: --no-such-option"),
         (("--prompt", "x", "--dtype", "f8"), "dtype: found 'f8'"),

@@ -58,7 +58,7 @@ def test_next_advances_and_finishes() -> None:
 
 def test_random_values_depend_on_seed_and_step_alone() -> None:
     def values(seed: int) -> list[float]:
-        task, out = InferTask("t", [1], 9, seed=seed), []
+        task, out = InferTask("t", [1], 9, topk=5, seed=seed), []
         for _ in range(4):
             assert task.random_value() == task.random_value()
             out.append(task.random_value())
@@ -69,6 +69,7 @@ def test_random_values_depend_on_seed_and_step_alone() -> None:
     assert len({*values(7), *values(8)}) == 8
     assert all(0 <= value < 1 for value in values(7))
     assert InferTask("t", [1]).seed != InferTask("t", [1]).seed
+    assert InferTask("t", [1], topk=1, seed=3).random_value() == 0.5  # greedy: nothing is drawn
 
 
 @pytest.mark.parametrize(
@@ -312,13 +313,13 @@ def test_bad_prompts(open_fake: Any) -> None:
         ("", "prompt: empty"),
         ([], "prompt: empty"),
         ([1, 608], "prompt: entry 1 is 608"),
-        ("hello " * 200, r"task generate: \d+ tokens, expected at most 96"),
+        ("hello " * 200, r"prompt: \d+ tokens, expected at most 96"),
         (3, "prompt: found int, expected a list of token ids"),
         ([{"role": "nobody", "content": "x"}], "chat template: unknown role nobody"),
     ]:
         with pytest.raises(ConfigError, match=message):
             model.generate(prompt)
-    with pytest.raises(ConfigError, match="max_tokens is 0"):
+    with pytest.raises(ConfigError, match="max_steps is 0"):
         model.generate(PROMPT, max_steps=0)
     with pytest.raises(ConfigError, match="top_k is 0"):
         model.generate(PROMPT, topk_=0)
