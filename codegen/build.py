@@ -23,10 +23,11 @@ from frontend.config import load_config
 from frontend.export import export
 from frontend.onnx_file import find_weights_folder
 from frontend.onnx_import import import_onnx
-from ir.errors import BuildError, CheckpointError, ConfigError, GraphError, UnsupportedError
+from ir.errors import BuildError, ConfigError, GraphError, UnsupportedError
 from ir.graph import Graph
 from ir.types import DTYPES
 from passes.targets import TARGETS, select
+from runtime.manifest import fingerprint
 
 GENERATOR = "qwen3-infinicore 0.1.0"
 DTYPE_CHOICES = ("f32", "f16", "bf16")
@@ -193,7 +194,7 @@ def emit(program: Program, source: Source, folder: Path, *, target: str, infinic
             weights_folder=str(weights_folder),
             config_only=config_only,
             eos_token_ids=list(facts.eos_token_ids),
-            fingerprint="" if config_only else manifests.fingerprint(weights_folder, table),
+            fingerprint="" if config_only else fingerprint(weights_folder, table),
         ),
         meta=manifests.meta(facts),
         library=None,
@@ -271,15 +272,3 @@ def _replace(folder: Path, out: Path) -> None:
             pass  # another build moved it first
         shutil.rmtree(old, ignore_errors=True)
     raise BuildError(f"{out}: another build keeps replacing it")
-
-
-def checkpoint_of(manifest: dict[str, Any]) -> Path:
-    """The checkpoint that a build was made from.
-
-    Raises:
-        CheckpointError: it is not there any more.
-    """
-    folder = Path(manifest["model"]["weights_folder"])
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: the checkpoint of this build is not there")
-    return folder

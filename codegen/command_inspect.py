@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from codegen import manifest as manifests
 from codegen.build import DTYPE_CHOICES, from_checkpoint, from_onnx
+from codegen.inspect_text import lines
 from codegen.lower import Program, lower, memory_summary
 from frontend.onnx_import import import_onnx
 from ir.errors import BuildError, ConfigError, GraphError, Qwen3Error
@@ -40,7 +40,6 @@ _UNITS = {
 }
 _SINGLE = ("input_embd", "output_norm", "output_embd")
 _LAYER = (*manifests.PER_LAYER, "attn_qkv_b")
-_WIDTH = 150
 # An ONNX file that does not say its context can be looked into all the same; only the length of the rope tables depends on it.
 _ANY_CONTEXT = 4096
 
@@ -48,11 +47,19 @@ _ANY_CONTEXT = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="an .onnx file, an .ir dump, or a build folder")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--layers", action="store_true", help="list the weights of every layer, with the tensors that they are made of")
+    parser.add_argument(
+        "--layers", action="store_true", help="list the weights of every layer, with the tensors that they are made of"
+    )
     parser.add_argument("--dump", action="store_true", help="print a graph as text instead")
-    parser.add_argument("--stage", choices=STAGES, help="which graph --dump prints (default: infini; of an .ir dump its own)")
-    parser.add_argument("--target", choices=TARGETS, metavar="TARGET", help="of an .onnx file: the device to compile for (default: cpu)")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of an .onnx file: the dtype to compile in (default: its own)")
+    parser.add_argument(
+        "--stage", choices=STAGES, help="which graph --dump prints (default: infini; of an .ir dump its own)"
+    )
+    parser.add_argument(
+        "--target", choices=TARGETS, metavar="TARGET", help="of an .onnx file: the device to compile for (default: cpu)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, help="of an .onnx file: the dtype to compile in (default: its own)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         elif found.kind == "ir":
             _ir(found, path)
         else:
-            _build(found, read_build(path.parent if path.is_file() else path), arguments.stage if arguments.dump else None)
+            _build(
+                found, read_build(path.parent if path.is_file() else path), arguments.stage if arguments.dump else None
+            )
     except Qwen3Error as error:
         failure = error
     if arguments.dump:
@@ -123,12 +132,18 @@ class Found:
     def report(self, layers: bool) -> dict[str, Any]:
         """As JSON values."""
         rows = [row for row in self.weights if not row["shared"]]
-        by_place = {place: sum(r["bytes"] for r in rows if r["place"] == place) for place in dict.fromkeys(r["place"] for r in rows)}
+        by_place = {
+            place: sum(r["bytes"] for r in rows if r["place"] == place)
+            for place in dict.fromkeys(r["place"] for r in rows)
+        }
         result: dict[str, Any] = dict(
             path=self.path,
             kind=self.kind,
             **self.facts,
-            stages={stage: dict(calls=_calls(g) if stage == "infini" else len(g.nodes), graphs=dict(_counts(g))) for stage, g in self.graphs.items()},
+            stages={
+                stage: dict(calls=_calls(g) if stage == "infini" else len(g.nodes), graphs=dict(_counts(g)))
+                for stage, g in self.graphs.items()
+            },
             passes=[dict(name=n, matches=m, ms=round(1000 * s, 2)) for n, m, s in self.passes],
             legalised=[dict(op=op, form=form, count=count, why=why) for op, form, why, count in self.legalised],
             memory=_memory(self.memory),
@@ -157,11 +172,15 @@ def _onnx(found: Found, file: Path, target: str, dtype: str | None, until: str |
     except ConfigError as error:
         graph, found.note = import_onnx(file), str(error)
     record = select(target, "embedded")
-    found.facts = dict(target=target, record=record.name, dtype=dtype or own, max_context=context, eos_token_ids=list(eos))
+    found.facts = dict(
+        target=target, record=record.name, dtype=dtype or own, max_context=context, eos_token_ids=list(eos)
+    )
     program = _lower(found, graph, record, dtype or own, "auto", context or _ANY_CONTEXT, eos, until)
     if program is not None:
         table, inline = manifests.weights(program.fused, program.facts)
-        found.facts.update(_kv(program.graph.meta["kv"], program.facts.block_size, program.facts.dtype, manifests.meta(program.facts)))
+        found.facts.update(
+            _kv(program.graph.meta["kv"], program.facts.block_size, program.facts.dtype, manifests.meta(program.facts))
+        )
         found.weights = _weight_rows(table, folder, None, set(inline))
 
 
@@ -210,10 +229,23 @@ def _build(found: Found, build: Build, until: str | None) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise BuildError(f"{build.folder / 'manifest.json'}: {error} is missing or malformed; build it again") from None
     try:
-        graph = from_onnx(source).graph if is_onnx else from_checkpoint(source, config_only=bool(model["config_only"])).graph
+        graph = (
+            from_onnx(source).graph
+            if is_onnx
+            else from_checkpoint(source, config_only=bool(model["config_only"])).graph
+        )
         record = select(data["target"], data["infinicore"])
         history, found.passes = found.passes, []
-        _lower(found, graph, record, data["dtype"], data["kv"]["form"], meta["dctx"], tuple(found.facts["eos_token_ids"]), until)
+        _lower(
+            found,
+            graph,
+            record,
+            data["dtype"],
+            data["kv"]["form"],
+            meta["dctx"],
+            tuple(found.facts["eos_token_ids"]),
+            until,
+        )
         found.passes = history
     except Qwen3Error as error:
         found.note = f"op counts are not known: {error}"
@@ -281,7 +313,9 @@ def _counts(graph: Graph, label: str = "main") -> Iterator[tuple[str, dict[str, 
     for node in graph.nodes:
         for key, inner in node.attrs.items():
             if isinstance(inner, Graph):
-                yield from _counts(inner, f"layer, {node.attrs['count']} times" if key == "body" else f"{key} of one request")
+                yield from _counts(
+                    inner, f"layer, {node.attrs['count']} times" if key == "body" else f"{key} of one request"
+                )
 
 
 def _calls(graph: Graph) -> int:
@@ -297,11 +331,22 @@ def _calls(graph: Graph) -> int:
 def _memory(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Scratch bytes per unit of what they grow with."""
     planned, alone = memory.get("scratch_bytes_per", {}), memory.get("buffers_bytes_per", {})
-    return [dict(unit=unit, per=_UNITS.get(unit, unit), bytes=size, without_sharing=alone.get(unit, size)) for unit, size in planned.items()]
+    return [
+        dict(unit=unit, per=_UNITS.get(unit, unit), bytes=size, without_sharing=alone.get(unit, size))
+        for unit, size in planned.items()
+    ]
 
 
 def _row(name: str, dtype: str, shape: list[int], place: str, tensors: list[str], shared: str = "") -> dict[str, Any]:
-    return dict(name=name, dtype=dtype, shape=shape, bytes=math.prod(shape) * DTYPES[dtype].bytes, place=place, tensors=tensors, shared=shared)
+    return dict(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        bytes=math.prod(shape) * DTYPES[dtype].bytes,
+        place=place,
+        tensors=tensors,
+        shared=shared,
+    )
 
 
 def _weight_rows(table: Mapping[str, Any], folder: Path, build: Path | None, inline: set[str]) -> list[dict[str, Any]]:
@@ -315,7 +360,9 @@ def _weight_rows(table: Mapping[str, Any], folder: Path, build: Path | None, inl
     for name, recipe in named:
         key = json.dumps(recipe, sort_keys=True)
         dtype, shape = _type(recipe)
-        rows.append(_row(name, dtype, shape, _place(recipe, files, build, inline), list(_tensors(recipe)), seen.get(key, "")))
+        rows.append(
+            _row(name, dtype, shape, _place(recipe, files, build, inline), list(_tensors(recipe)), seen.get(key, ""))
+        )
         seen.setdefault(key, name)
     return rows
 
@@ -367,7 +414,10 @@ def _roles(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
         role = re.sub(r"\.\d+(?=\.|$)", ".N", row["name"])
-        entry = table.setdefault(role, dict(role=role, dtype=row["dtype"], shape=row["shape"], count=0, bytes=0, places={}, shared=row["shared"]))
+        entry = table.setdefault(
+            role,
+            dict(role=role, dtype=row["dtype"], shape=row["shape"], count=0, bytes=0, places={}, shared=row["shared"]),
+        )
         entry["count"] += 1
         if not row["shared"]:
             entry["bytes"] += row["bytes"]
@@ -375,79 +425,3 @@ def _roles(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if entry["shape"] != row["shape"]:
             entry["shape"] = None  # layers differ
     return list(table.values())
-
-
-# --- text -----------------------------------------------------------------------------------------------------------------------------------------
-
-
-def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """The report for people."""
-    facts = [f"{k} {report[k]}" for k in ("target", "record", "infinicore", "dtype", "opset", "producer") if report.get(k)]
-    yield f"{report['path']}: {', '.join([{'onnx': 'ONNX file', 'ir': 'graph dump', 'build': 'build'}[report['kind']], *facts])}"
-    if report["kind"] == "build":
-        state = "not compiled (--emit-only)" if report["library"] is None else report["library"]
-        yield f"  from {report['source']}{', from its configuration alone' if report['config_only'] else ''}; {state}"
-    if report["note"]:
-        yield f"  {report['note']}"
-    yield from _stage_lines(report)
-    if report["passes"]:
-        yield f"passes ({sum(p['ms'] for p in report['passes']):.0f} ms)"
-        yield from _table([(p["name"], f"{p['matches']} matches", f"{p['ms']:.1f} ms") for p in report["passes"]], "lrr")
-    if report.get("error"):
-        last = f"the last one that ended is {report['passes'][-1]['name']}" if report["passes"] else "none of them ended"
-        yield f"stopped at stage {list(report['stages'])[-1]}, {len(report['passes'])} passes done: {last}"
-        return
-    if report["legalised"]:
-        yield "legalised"
-        yield from _table([(r["op"], f"{r['count']} times", r["form"], f"({r['why']})" if r["why"] else "") for r in report["legalised"]], "lrll")
-    yield from _memory_lines(report)
-    yield from _weight_lines(report)
-
-
-def _stage_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    for stage, found in report["stages"].items():
-        nodes = sum(sum(c.values()) for c in found["graphs"].values())
-        title = f"{stage}: {nodes} nodes" + (f", {found['calls']} InfiniCore calls per step" if stage == "infini" else "")
-        yield title
-        for label, counts in found["graphs"].items():
-            listed = ", ".join(f"{op.removeprefix(stage + '.')} {n}" for op, n in counts.items())
-            prefix = "  " if len(found["graphs"]) == 1 else f"  {label}: "
-            yield from textwrap.wrap(listed, _WIDTH, initial_indent=prefix, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
-def _memory_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    if report["memory"]:
-        yield "scratch memory"
-        yield from _table([(f"{m['bytes']:,} bytes", f"per {m['per']}", f"without sharing {m['without_sharing']:,}") for m in report["memory"]], "rll")
-    kv = report.get("kv") or {}
-    if "bytes_per_token" in kv:
-        blocks = f", blocks of {kv['block_size']} tokens" if kv["block_size"] else ""
-        yield f"KV cache: {kv['form']} in {kv['dtype']}, {kv['bytes_per_token']:,} bytes per token{blocks}"
-    if report.get("max_context"):
-        yield f"context: {report['max_context']} tokens; end tokens: {', '.join(map(str, report['eos_token_ids'])) or 'none'}"
-
-
-def _weight_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    weights = report["weights"]
-    if not weights["roles"]:
-        return
-    places = "".join(f", {size:,} {place}" for place, size in weights["by_place"].items() if place != "not known")
-    yield f"weights: {report['parameters']:,} parameters, {weights['bytes']:,} bytes{places}"
-    rows = []
-    for r in weights["roles"]:
-        shape = "differs" if r["shape"] is None else f"{r['dtype']}{r['shape']}"
-        where = f"the same as {r['shared']}" if r["shared"] else ", ".join(p if len(r["places"]) == 1 else f"{n:,} {p}" for p, n in r["places"].items())
-        rows.append((r["role"], f"{r['count']}", shape, f"{r['bytes']:,} bytes", "" if where == "not known" else where))
-    yield from _table(rows, "lrlrl")
-    if "layers" in report:
-        yield "every weight"
-        yield from _table([(r["name"], f"{r['dtype']}{r['shape']}", f"{r['bytes']:,}", r["place"], " ".join(r["tensors"])) for r in report["layers"]], "llrll")
-
-
-def _table(rows: list[tuple[str, ...]], sides: str) -> Iterator[str]:
-    if not rows:
-        return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
-    for row in rows:
-        cells = (cell.rjust(w) if side == "r" else cell.ljust(w) for cell, w, side in zip(row, widths, sides))
-        yield ("  " + "  ".join(cells)).rstrip()

@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from codegen.verify import AMBIGUOUS, FAIL, PASS, STEPS, Report, verify
+from codegen.verdict import AMBIGUOUS, FAIL, PASS
+from codegen.verify import STEPS, Report, verify
 from ir.errors import ConfigError
 
 _MARKS = {PASS: "", AMBIGUOUS: "near-tie", FAIL: "FAIL"}
@@ -19,10 +20,19 @@ _MARKS = {PASS: "", AMBIGUOUS: "near-tie", FAIL: "FAIL"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a build folder")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="the checkpoint to compare with (default: what the build was made from)")
-    parser.add_argument("--prompt", metavar="TEXT", help="a text to start from, as it is (default: a few prompts of random tokens)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="the checkpoint to compare with (default: what the build was made from)",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="a text to start from, as it is (default: a few prompts of random tokens)"
+    )
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids to start from")
-    parser.add_argument("--steps", default=str(STEPS), metavar="N", help=f"greedy tokens after the prompt (default: {STEPS})")
+    parser.add_argument(
+        "--steps", default=str(STEPS), metavar="N", help=f"greedy tokens after the prompt (default: {STEPS})"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

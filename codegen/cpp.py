@@ -56,3 +56,21 @@ def type_comment(type_: TensorType) -> str:
 def string(text: str) -> str:
     """A C++ string literal."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+_TRAILING = re.compile(r"^(?P<code>\s*[^\s/].*?)\s+(?P<comment>// [^\"]*)$")
+
+
+def align_comments(text: str) -> str:
+    """Comments behind code on consecutive lines start in one column, as clang-format has them."""
+    lines, run = text.split("\n"), []
+    for i, line in enumerate([*lines, ""]):
+        match = _TRAILING.match(line)
+        if match:
+            run.append((i, match))
+            continue
+        column = max((len(m["code"]) for _, m in run), default=0) + 1
+        for at, m in run:
+            lines[at] = m["code"].ljust(column) + m["comment"]
+        run = []
+    return "\n".join(lines)

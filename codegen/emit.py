@@ -144,6 +144,9 @@ class Emitter:
         create = [self.desc(p) for p, _ in places] + [self.create_argument(a, attrs) for a in spec.create]
         member = struct.member(spec, readable(node), create)
         args = [self.pointer(p, v, scope) for p, v in places] + [self.call_argument(a, attrs) for a in spec.call]
+        if attrs.get("scale") == "scale_output":
+            # A tied table may have been scaled for the embedding; the head has its own name for it.
+            args[2] = weight_expression("output_embd")
         if node.op == "infini.gemm" and places[2][0].buffer == "input_embd":
             args[2] = weight_expression("output_embd")  # tied, but scale_input is for the embedding alone
         return [self.described(node, scope, style="op", member=member, args=args)]
@@ -274,7 +277,8 @@ class Emitter:
             if node.op == "loop.layers":
                 body = node.attrs["body"]
                 self.loop_weights(node)
-                parts.append(dict(loop=True, count=node.attrs["count"], calls=[c for n in body.nodes for c in self.call(n, body.name, self.step)]))
+                count = layer_count(node.attrs["count"], self.facts)
+                parts.append(dict(loop=True, count=count, calls=[c for n in body.nodes for c in self.call(n, body.name, self.step)]))
                 self.weights = {}
             else:
                 if not parts or parts[-1]["loop"]:
@@ -289,7 +293,7 @@ class Emitter:
             names = loop.inputs[carried + i * count : carried + (i + 1) * count]
             value = body.inputs[carried + i].name
             if names[0] in self.graph.constants:
-                self.weights[value] = layer_expression(names)
+                self.weights[value] = layer_expression(names, layer_count(count, self.facts))
                 for node in body.nodes:  # a view of a weight is at the weight's address
                     if node.op.startswith("view.") and node.inputs[0] == value:
                         self.weights[node.output] = self.weights[value]
@@ -371,7 +375,8 @@ def render(context: Mapping[str, Any]) -> dict[str, str]:
     form = "paged" if context["paged"] else "contiguous"
     context = {**context, "kv_inputs": environment.get_template(f"_inputs_{form}.j2").render(context)}
     files = ("qwen3.cpp", "qwen3_impl.hpp", "qwen3_weight.hpp", "qwen3.py", "CMakeLists.txt")
-    return {name: environment.get_template(name + ".j2").render(context).rstrip("\n") + "\n" for name in files}
+    texts = {name: environment.get_template(name + ".j2").render(context).rstrip("\n") + "\n" for name in files}
+    return {name: cpp.align_comments(text) if name.endswith(("cpp", "hpp")) else text for name, text in texts.items()}
 
 
 def constants(facts: ModelFacts, target: Target) -> list[dict[str, str]]:
@@ -420,7 +425,11 @@ def weight_expression(name: str) -> str:
     return f"rsrc.{role}[{layer}]->data()" if layer else f"rsrc.{role}->data()"
 
 
-def layer_expression(names: tuple[str, ...]) -> str:
+def layer_count(count: int, facts: ModelFacts) -> str:
+    return "NLAYER" if count == facts.nlayer else str(count)
+
+
+def layer_expression(names: tuple[str, ...], bound: str) -> str:
     """The weight of run ``layer`` among these, which must follow a rule that reads well."""
     count = len(names)
     roles = [n.partition(".")[0] for n in names]
@@ -429,7 +438,7 @@ def layer_expression(names: tuple[str, ...]) -> str:
         return f"rsrc.{roles[0]}[layer]->data()"
     if indices[:-1] == [str(i + 1) for i in range(count - 1)] and len(set(roles[:-1])) == 1:
         last = weight_expression(names[-1]).removesuffix("->data()")
-        return f"(layer + 1 < {count} ? rsrc.{roles[0]}[layer + 1] : {last})->data()"
+        return f"(layer + 1 < {bound} ? rsrc.{roles[0]}[layer + 1] : {last})->data()"
     raise UnsupportedError(f"weights {', '.join(names[:3])}.. follow no rule that a loop over layers could use")
 
 

@@ -14,7 +14,6 @@ from codegen.facts import ModelFacts
 from ir.constants import Cast, Concat, ConstData, FileSlice, Inline, Slice, Transpose
 from ir.errors import GraphError
 from ir.graph import Graph
-from ir.types import DTYPES
 
 FORMAT = 1
 INFINI_DTYPE = {"f16": 12, "f32": 13, "bf16": 19}
@@ -63,40 +62,9 @@ def meta(facts: ModelFacts) -> dict[str, Any]:
     return dict(dt_logits=INFINI_DTYPE[facts.dtype], **sizes, **single, end_token=facts.end_token, **scales)
 
 
-def fingerprint(folder: Path, table: Mapping[str, Any]) -> str:
-    """A digest of what the weight files say of themselves: names, shapes, offsets (their headers) and sizes."""
-    files = sorted(_files(table))
-    digest = hashlib.sha256()
-    for name in files:
-        path = folder / name
-        digest.update(name.encode())
-        if path.is_file():
-            with open(path, "rb") as f:
-                length = f.read(8)
-                digest.update(length + f.read(min(int.from_bytes(length, "little"), 1 << 27)))
-            digest.update(str(path.stat().st_size).encode())
-    return digest.hexdigest()
-
-
-def _files(node: Any) -> set[str]:
-    if isinstance(node, Mapping):
-        if "file" in node:
-            return set() if node.get("build") else {node["file"]}
-        return set().union(*(_files(v) for v in node.values()))
-    if isinstance(node, list):
-        return set().union(*(_files(v) for v in node)) if node else set()
-    return set()
-
-
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def dump(manifest: Mapping[str, Any]) -> str:
-    """One recipe per line: a file that diffs well."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    return text + "\n"
-
-
-def dtype_bytes(name: str) -> int:
-    return DTYPES[name].bytes
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"

@@ -93,7 +93,9 @@ def measure_rounding(
     for dtype in dtypes:
         rounded = interpret(compiled.calls(dtype, longest), folder, tokens)
         total += np.concatenate([relative_errors(a, b) for a, b in zip(rounded, exact)])
-    largest, median = (float(total.max()), float(np.median(total))) if np.isfinite(total).all() else (math.inf, math.inf)
+    largest, median = (
+        (float(total.max()), float(np.median(total))) if np.isfinite(total).all() else (math.inf, math.inf)
+    )
     return Rounding(tuple(dtypes), largest, median, len(total), complete), graph_error
 
 
@@ -132,23 +134,28 @@ def interpret(graph: Graph, folder: Path, sequences: Sequence[Sequence[int]]) ->
         "rows": np.arange(total, dtype=np.int32),
     }
     caches = {v.name: v.type for v in graph.inputs if v.name.startswith(("k_cache.", "v_cache."))}
-    shape = next(iter(caches.values())).shape
+    _, heads, block, dim = (d if isinstance(d, int) else 0 for d in next(iter(caches.values())).shape)
     if "slots" in graph.values:
-        block = int(shape[2])  # type: ignore[call-overload]
-        first, feeds_of_form = _paged(lengths, block)
-        size = (first, shape[1], block, shape[3])
+        blocks, of_form = _paged(lengths, block)
+        size = (blocks, heads, block, dim)
     else:
-        feeds_of_form = dict(lens=lengths, starts=np.zeros(len(sequences), np.int32))
-        size = (len(sequences), shape[1], int(lengths.max()), shape[3])
-    feeds.update(feeds_of_form)
-    feeds.update({name: np.zeros(size, DTYPES[t.dtype].numpy) for name, t in caches.items()})  # type: ignore[arg-type]
+        of_form = dict(lens=lengths, starts=np.zeros(len(sequences), np.int32))
+        size = (len(sequences), heads, int(lengths.max()), dim)
+    feeds.update(of_form)
+    feeds.update({name: np.zeros(size, DTYPES[t.dtype].numpy) for name, t in caches.items()})
     feeds = {v.name: feeds[v.name] for v in graph.inputs}
     symbols = bind_inputs(graph, feeds, {})
     env = dict(feeds)
     last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is seen in the result
         for i, node in enumerate(graph.nodes):
-            env.update({n: constants.load(graph.constants[n].data, folder) for n in node.inputs if n in graph.constants and n not in env})
+            env.update(
+                {
+                    n: constants.load(graph.constants[n].data, folder)
+                    for n in node.inputs
+                    if n in graph.constants and n not in env
+                }
+            )
             run_node(node, env, symbols, float64=False)
             for name in {*node.inputs, *(v.name for v in node.outputs)}:
                 if last.get(name, -1) <= i and name != graph.outputs[0]:

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from codegen.build import from_checkpoint, from_onnx
-from codegen.rounding import Compiled, Rounding, measure_rounding
+from codegen.rounding import Compiled, measure_rounding
+from codegen.verdict import FAIL, Bound, Step, bound_of, judge, verdict_of
 from frontend.config import load_config
 from frontend.export import export
 from frontend.ort import Past, Reference
@@ -44,47 +45,12 @@ STEPS = 16
 # Default prompts: one token (a prefill that looks like a decode step), a few, and enough to fill two blocks of a paged cache; with the steps after them every one
 # crosses the end of a block.
 PROMPT_LENGTHS = (1, 7, 33)
-SHALLOW_LAYERS = 8
 # One position's error may be small by chance: where fewer are compared, rounding is measured on the default prompts as well.
 ROUNDING_POSITIONS = sum(PROMPT_LENGTHS)
 # onnxruntime gives logits for every position: long prompts go in pieces, or they alone would take gigabytes.
 REFERENCE_PIECE = 256
 
-PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
 _REFERENCE_DTYPES = {"tensor(float16)": "f16", "tensor(bfloat16)": "bf16"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One position of one prompt.
-
-    Attributes:
-        step: 0 for the prompt's last token, then one per greedy token.
-        position: of the token whose logits these are.
-        relative_l2, max_abs: of engine minus reference logits; NaN where the engine's are not finite.
-        engine_token, reference_token: the greedy choices.
-        margin: how much higher the reference's logit of its own choice is than that of the engine's; 0 where they agree.
-        near_tie: the largest margin that rounding explains.
-    """
-
-    step: int
-    position: int
-    relative_l2: float
-    max_abs: float
-    engine_token: int
-    reference_token: int
-    margin: float
-    near_tie: float
-    verdict: str
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The largest relative L2 error of a step's logits that passes, and why it is that; None where rounding makes the reference itself overflow."""
-
-    relative_l2: float | None
-    why: str
-    rounding: Rounding | None = None
 
 
 @dataclass
@@ -176,7 +142,9 @@ def verify(
     done()
     vocabulary = expected[0].shape[1]
     if vocabulary != sizes.vocabulary:
-        raise ConfigError(f"{reference_folder}: has a vocabulary of {vocabulary}, {out} was built for {sizes.vocabulary}")
+        raise ConfigError(
+            f"{reference_folder}: has a vocabulary of {vocabulary}, {out} was built for {sizes.vocabulary}"
+        )
     greedy = [[int(row.argmax()) for row in rows[:steps]] for rows in expected]
     done = timed("engine", "running the engine")
     with Qwen3ForCausalLM(engine_folder, device=device, build=build.folder) as engine:
@@ -188,7 +156,9 @@ def verify(
     if dtypes:
         more = default_prompts(sizes, 0) if sum(map(len, sequences)) < ROUNDING_POSITIONS else []
         done = timed("rounding", f"measuring what rounding to {' and '.join(dtypes)} does")
-        rounding, graph_error = measure_rounding(_compiled(sizes, chosen), reference_folder, sequences, expected, dtypes, more)
+        rounding, graph_error = measure_rounding(
+            _compiled(sizes, chosen), reference_folder, sequences, expected, dtypes, more
+        )
         done()
     bound = bound_of(sizes.layers, rounding)
     results = [
@@ -226,58 +196,6 @@ def verify(
 # --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def bound_of(layers: int, rounding: Rounding | None) -> Bound:
-    """The bound on the relative L2 error of logits; ``rounding`` is None for f32."""
-    if rounding is None:
-        if layers <= SHALLOW_LAYERS:
-            return Bound(1e-5, f"float32 sums in another order, up to {SHALLOW_LAYERS} layers")
-        return Bound(1e-4, f"float32 sums in another order, more than {SHALLOW_LAYERS} layers")
-    names = " and ".join(rounding.dtypes)
-    if not math.isfinite(rounding.largest):
-        return Bound(None, f"the reference itself overflows when it is rounded to {names}", rounding)
-    part = "" if rounding.complete else "; not all, for the time that it would take"
-    why = f"twice what rounding to {names} does to the reference ({rounding.largest:.2e} at the worst of {rounding.positions} positions{part})"
-    return Bound(2 * rounding.largest, why, rounding)
-
-
-def near_tie(expected: np.ndarray, bound: float) -> float:
-    """The largest margin between two logits that errors within the bound can turn over.
-
-    An error of relative size ``bound`` is ``bound * rms(logits)`` on each logit. Of V such errors the largest is about sqrt(2 ln V) times that (the expected
-    maximum of V normal variables), and either of the two logits may have it. (The errors that the step really has would not do: whatever is wrong, the
-    margin of two tokens that changed places is never more than they are.)
-
-    Args:
-        expected: the reference's logits, [V].
-    """
-    size = expected.size
-    rms = float(np.linalg.norm(expected.astype(np.float64))) / math.sqrt(size)
-    return 2 * bound * rms * math.sqrt(2 * math.log(max(size, 2)))
-
-
-def judge(step: int, position: int, found: np.ndarray, expected: np.ndarray, choice: int, bound: Bound) -> Step:
-    """Compare one row of logits, [V] each; ``choice`` is the token that the engine itself took."""
-    a, b = found.astype(np.float64), expected.astype(np.float64)
-    finite = bool(np.isfinite(a).all())
-    error = float(np.linalg.norm(a - b) / np.linalg.norm(b)) if finite and b.any() else (0.0 if finite and not a.any() else math.nan)
-    largest = float(np.abs(a - b).max()) if finite else math.nan
-    best = int(b.argmax())
-    known = 0 <= choice < b.size
-    margin = float(b[best] - b[choice]) if known else math.inf
-    limit = 0.0 if bound.relative_l2 is None else near_tie(expected, bound.relative_l2)
-    if bound.relative_l2 is None or not error <= bound.relative_l2 or not margin <= limit:
-        verdict = FAIL
-    else:
-        verdict = PASS if choice == best else AMBIGUOUS
-    return Step(step, position, error, largest, choice, best, margin, limit, verdict)
-
-
-def verdict_of(results: Sequence[Sequence[Step]]) -> str:
-    """The worst verdict of all steps."""
-    found = {step.verdict for steps in results for step in steps}
-    return next((v for v in (FAIL, AMBIGUOUS) if v in found), PASS)
-
-
 def _reason(report: Report, graph_agrees: bool) -> str:
     """One line that says what the verdict rests on."""
     steps = [step for row in report.results for step in row]
@@ -285,7 +203,11 @@ def _reason(report: Report, graph_agrees: bool) -> str:
     worst = max((s.relative_l2 for s in steps), key=lambda e: math.inf if math.isnan(e) else e)
     limit = "none" if report.bound.relative_l2 is None else f"{report.bound.relative_l2:.2e}"
     if report.verdict != FAIL:
-        tokens = f"all {len(steps)} tokens equal" if not differ else f"{len(differ)} of {len(steps)} tokens differ, where the reference hardly prefers its own"
+        tokens = (
+            f"all {len(steps)} tokens equal"
+            if not differ
+            else f"{len(differ)} of {len(steps)} tokens differ, where the reference hardly prefers its own"
+        )
         return f"{tokens}, relative L2 at most {worst:.2e} (bound {limit})"
     failed = [(p, s) for p, row in enumerate(report.results) for s in row if s.verdict == FAIL]
     if not failed:
@@ -345,10 +267,14 @@ def _folders(build: Build, sizes: Sizes, model: Path | None) -> tuple[Path, Path
         _check_model(model, sizes, build)
         return model, None if own else model
     if sizes.config_only:
-        raise BuildError(f"{build.folder}: was compiled from a configuration alone (--config-only), so it has no weights; give a checkpoint with --model")
+        raise BuildError(
+            f"{build.folder}: was compiled from a configuration alone (--config-only), so it has no weights; give a checkpoint with --model"
+        )
     if not own or not sizes.source.exists():
         missing = sizes.weights_folder if not own else sizes.source
-        raise CheckpointError(f"{missing}: {build.folder} was built from it, but it is not there; give a checkpoint with --model")
+        raise CheckpointError(
+            f"{missing}: {build.folder} was built from it, but it is not there; give a checkpoint with --model"
+        )
     return sizes.weights_folder, None
 
 
@@ -388,7 +314,9 @@ def make_prompts(
     if steps < 0:
         raise ConfigError(f"--steps {steps}: expected 0 or more")
     if steps + 1 > sizes.context:
-        raise ConfigError(f"--steps {steps}: the build has a context of {sizes.context} tokens, expected at most {sizes.context - 1}")
+        raise ConfigError(
+            f"--steps {steps}: the build has a context of {sizes.context} tokens, expected at most {sizes.context - 1}"
+        )
     if text is None and tokens is None:
         return default_prompts(sizes, steps)
     if tokens is not None:
@@ -397,7 +325,9 @@ def make_prompts(
         option, ids = "--prompt", _encode(text or "", [model, build.checkpoint_folder, sizes.weights_folder])
     ids = check_tokens(ids, sizes.vocabulary, option)
     if len(ids) + steps > sizes.context:
-        raise ConfigError(f"{option}: {len(ids)} tokens and {steps} steps, expected at most {sizes.context} together, the build's context")
+        raise ConfigError(
+            f"{option}: {len(ids)} tokens and {steps} steps, expected at most {sizes.context} together, the build's context"
+        )
     return [ids]
 
 
@@ -459,7 +389,9 @@ def run_reference(reference: Reference, prompt: Sequence[int], steps: int) -> np
     return np.stack(rows)
 
 
-def run_engine(model: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[list[int]]]:
+def run_engine(
+    model: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, list[list[int]]]:
     """All prompts as one ragged batch, then one token each per step.
 
     Args:
@@ -479,7 +411,9 @@ def run_engine(model: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], given:
             caches.append(model.create_kv_cache(length + steps))
         for pieces in schedule(lengths, model.prefill_chunk):
             batch = [t for i, start, stop in pieces for t in prompts[i][start:stop]]
-            rows = engine.forward(batch, [b - a for _, a, b in pieces], [a for _, a, _ in pieces], [caches[i] for i, _, _ in pieces])
+            rows = engine.forward(
+                batch, [b - a for _, a, b in pieces], [a for _, a, _ in pieces], [caches[i] for i, _, _ in pieces]
+            )
             for row, (i, _, stop) in zip(rows, pieces):
                 if stop == lengths[i]:
                     logits[i, 0] = row
@@ -489,7 +423,9 @@ def run_engine(model: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], given:
             if step:
                 last = [tokens[step - 1] for tokens in given]
                 logits[:, step] = engine.forward(last, ones, positions, caches)
-            for tokens, token in zip(choices, engine.infer(last, ones, positions, caches, [1.0] * count, ones, [1.0] * count, [0.0] * count)):
+            for tokens, token in zip(
+                choices, engine.infer(last, ones, positions, caches, [1.0] * count, ones, [1.0] * count, [0.0] * count)
+            ):
                 tokens.append(int(token))
     finally:
         for cache in caches:

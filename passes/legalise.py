@@ -179,8 +179,8 @@ def _rotate(low: Lowering, nodes: list[Node], values: list[str], positions: str,
     sin, cos = low.rope_tables(nodes[0], inv_freq, attrs["attention_factor"])
     joined = values[0]
     if len(values) > 1:
-        joined = low.call("view.join", values, "_".join(short(n) for n in nodes) + "_norm", nodes[0], axis=1)
-    hint = "_".join(short(n) for n in nodes) if len(nodes) > 1 else nodes[0].output
+        joined = low.call("view.join", values, joint_name(nodes) + "_norm", nodes[0], axis=1)
+    hint = joint_name(nodes) if len(nodes) > 1 else nodes[0].output
     rotated = low.call("infini.rope", [joined, positions, sin, cos], hint, nodes[0], interleaved=attrs["interleaved"])
     if len(nodes) == 1:
         low.put(nodes[0], rotated)
@@ -190,6 +190,13 @@ def _rotate(low: Lowering, nodes: list[Node], values: list[str], positions: str,
         heads = static(node.outputs[0].type.shape[1])
         low.put(node, low.call("view.slice", [rotated], node.output, node, axis=1, start=start, size=heads))
         start = static(start) + heads
+
+
+def joint_name(nodes: list[Node]) -> str:
+    """A name for results that are computed together: ``q_rope`` and ``k_rope`` -> ``qk_rope``."""
+    names = [short(n) for n in nodes]
+    rests = {n[1:] for n in names}
+    return "".join(n[0] for n in names) + rests.pop() if len(rests) == 1 else "_".join(names)
 
 
 def static(dim: Dim) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from ir.errors import GraphError
 from ir.graph import Graph, Node
 from ir.ops_infini import IN_PLACE, WRITES_INTO, scratch_dims
-from ir.types import DTYPES, Dim, TensorType, dim_product, sym
+from ir.types import Dim, TensorType, dim_product
 
 ALIGNMENT = 64  # bytes: a cache line, and what vector loads of every target like
 
@@ -175,6 +175,8 @@ class _Planner:
 
     def _scratch(self, name: str, type_: TensorType, now: int, end: int) -> Place:
         size, unit = scratch_dims(type_)
+        base, _, number = name.rpartition(".")
+        name = base if base and number.isdigit() else name  # all layers share the buffer
         name = name if self.scope == "main" else f"{self.scope}.{name}"
         unique, n = name, 1
         while unique in self.buffers:

@@ -10,7 +10,9 @@ from tests.codegen.engines import Builder, open_engine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--renew-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it")
+    parser.addoption(
+        "--renew-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 // left to the model; two models run in two threads, and two threads share one model. Prints the largest difference found and exits 0, or says what failed.
 //
 //   driver [rounds]
+//   driver overrun | leak     does what a sanitizer must find
 #include "qwen3_impl.hpp"
 
 #include <algorithm>
@@ -258,11 +259,33 @@ void threads(int rounds) {
     }
 }
 
+// Faults of a caller, to see that the sanitizer is awake: a table that is a row short, a model that is never destroyed.
+void misbehave(const std::string &mode) {
+    Qwen3Meta meta = *getQwen3Meta();
+    Qwen3Meta shorter = meta;
+    shorter.dvoc -= mode == "overrun" ? 1 : 0;
+    static const HostWeights weights(shorter, 1);
+    Qwen3Model *model = createQwen3Model(&meta, weights.get(), INFINI_DEVICE_CPU, 1, nullptr);
+    MUST(model != nullptr);
+    Qwen3KVCache *cache = createKVCache(model, 0);
+    const uint32_t token = 1, one = 1, zero = 0;
+    std::vector<float> logits(meta.dvoc);
+    MUST_SUCCEED(forwardBatch(model, &token, 1, &one, 1, &zero, &cache, nullptr, 1, logits.data()));
+    if (mode != "leak") {
+        destroyQwen3Model(model);
+    }
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
-    const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
+    const std::string mode = argc > 1 ? argv[1] : "1";
     MUST_SUCCEED(infinirtInit());
+    if (mode == "overrun" || mode == "leak") {
+        misbehave(mode);
+        return 0;
+    }
+    const int rounds = std::atoi(mode.c_str());
     float worst = 0;
     {
         Session s(1);

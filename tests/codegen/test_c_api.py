@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from runtime import infinicore
 from runtime.engine import Engine, load_library
@@ -28,7 +30,9 @@ class HostWeights:
     def __init__(self, config: dict[str, Any], tensors: dict[str, np.ndarray], transposed: bool = False) -> None:
         self.arrays: list[np.ndarray] = []
         layers = config["num_hidden_layers"]
-        self.struct = Qwen3WeightsCStruct(nlayer=layers, dt_norm=13, dt_mat=13, transpose_linear_weights=int(transposed))
+        self.struct = Qwen3WeightsCStruct(
+            nlayer=layers, dt_norm=13, dt_mat=13, transpose_linear_weights=int(transposed)
+        )
         self.struct.input_embd = self._keep(tensors["model.embed_tokens.weight"])
         self.struct.output_norm = self._keep(tensors["model.norm.weight"])
         tied = "lm_head.weight" not in tensors
@@ -73,7 +77,9 @@ class Model:
     def cache(self) -> int:
         return self.library.createKVCache(self.handle, 0)
 
-    def forward(self, tokens=(1,), lens=(1,), pos=(0,), caches=(), rows=None, nrows=None, ntok=None, logits: Any = True) -> tuple[int, str]:
+    def forward(
+        self, tokens=(1,), lens=(1,), pos=(0,), caches=(), rows=None, nrows=None, ntok=None, logits: Any = True
+    ) -> tuple[int, str]:
         count = nrows if nrows is not None else len(lens)
         out = np.zeros((max(count, 1), self.meta.dvoc), np.float32)
         status = self.library.forwardBatch(
@@ -91,7 +97,7 @@ class Model:
         return status, self.error()
 
     def infer(self, cache: int, temperature=1.0, topk=1, topp=1.0, random=0.5) -> tuple[int, str]:
-        one = (U32 * 1)
+        one = U32 * 1
         status = self.library.inferBatch(
             self.handle, one(1), 1, one(1), 1, one(0), (ctypes.c_void_p * 1)(cache),
             (F32 * 1)(temperature), one(topk), (F32 * 1)(topp), (F32 * 1)(random), one(0),
@@ -143,7 +149,9 @@ def one_line(text: str, *parts: str) -> None:
 
 
 def refuse(library, meta, weights, device=0, ndev=1) -> str:
-    made = library.createQwen3Model(meta and ctypes.byref(meta), weights and ctypes.byref(weights.struct), device, ndev, None)
+    made = library.createQwen3Model(
+        meta and ctypes.byref(meta), weights and ctypes.byref(weights.struct), device, ndev, None
+    )
     assert not made
     return library.qwen3LastError().decode()
 
@@ -152,7 +160,9 @@ def refuse(library, meta, weights, device=0, ndev=1) -> str:
 def test_another_size_is_refused_by_name(library, meta, weights, field):
     right = getattr(meta, field)
     setattr(meta, field, right + 1)
-    one_line(refuse(library, meta, weights), f"meta.{field} is {right + 1}, this engine was compiled for {right}", "status 3")
+    one_line(
+        refuse(library, meta, weights), f"meta.{field} is {right + 1}, this engine was compiled for {right}", "status 3"
+    )
 
 
 @pytest.mark.parametrize("field, value", [("epsilon", 1e-3), ("theta", 5.0), ("epsilon", float("nan"))])
@@ -187,7 +197,9 @@ def test_a_null_weight_is_refused_by_name(library, meta, weights, field):
     one_line(refuse(library, meta, weights), field, "null")
 
 
-@pytest.mark.parametrize("field", ["attn_norm", "attn_qkv", "attn_q_norm", "attn_k_norm", "attn_o", "ffn_norm", "ffn_gate_up", "ffn_down"])
+@pytest.mark.parametrize(
+    "field", ["attn_norm", "attn_qkv", "attn_q_norm", "attn_k_norm", "attn_o", "ffn_norm", "ffn_gate_up", "ffn_down"]
+)
 def test_a_null_layer_is_refused_by_name(library, meta, weights, field):
     getattr(weights.struct, field)[2] = None
     one_line(refuse(library, meta, weights), f"weights.{field} is null for layer 2")
@@ -207,7 +219,9 @@ def test_other_weights_are_refused(library, meta, weights):
 def test_null_pointers_devices_and_counts(library, meta, weights):
     one_line(refuse(library, None, weights), "meta or weights is null", f"status {NULL_POINTER}")
     one_line(refuse(library, meta, None), "meta or weights is null")
-    one_line(refuse(library, meta, weights, device=1), "device 1, this engine was compiled for 0", f"status {NO_DEVICE}")
+    one_line(
+        refuse(library, meta, weights, device=1), "device 1, this engine was compiled for 0", f"status {NO_DEVICE}"
+    )
     for ndev in (2, 0, -1):
         one_line(refuse(library, meta, weights, ndev=ndev), f"ndev is {ndev}, this engine was compiled for 1 device")
     library.destroyQwen3Model(None)
@@ -238,11 +252,17 @@ def test_bad_batches_are_refused_and_change_nothing(model):
     assert model.forward([1, 2, 3], [3], [0], [a])[0] == 0
     vocabulary, context = model.meta.dvoc, model.meta.dctx
     refused = [
-        (dict(tokens=[1, vocabulary], lens=[1, 1], pos=[3, 0], caches=[a, b]), f"token 1 is {vocabulary}, the vocabulary has {vocabulary}"),
+        (
+            dict(tokens=[1, vocabulary], lens=[1, 1], pos=[3, 0], caches=[a, b]),
+            f"token 1 is {vocabulary}, the vocabulary has {vocabulary}",
+        ),
         (dict(tokens=[2**32 - 1], caches=[a]), "token 0 is 4294967295"),
         (dict(pos=[4], caches=[a]), "request 0 starts at position 4, its KV cache holds 3 tokens"),
         (dict(tokens=[1, 1], lens=[1, 1], pos=[3, 3], caches=[a, a]), "request 1 has the KV cache of request 0"),
-        (dict(tokens=[1] * context, lens=[context], pos=[3], caches=[a]), f"request 0 ends at position {context + 3}, the context is {context}"),
+        (
+            dict(tokens=[1] * context, lens=[context], pos=[3], caches=[a]),
+            f"request 0 ends at position {context + 3}, the context is {context}",
+        ),
         (dict(lens=[2**32 - 1], pos=[3], caches=[a]), "request 0 ends at position 4294967298"),
         (dict(tokens=[1], lens=[1, 0], pos=[3, 0], caches=[a, b]), "request 1 has no tokens"),
         (dict(tokens=[1, 2], caches=[a]), "ntok is 2, req_lens add up to 1"),
@@ -260,14 +280,25 @@ def test_bad_batches_are_refused_and_change_nothing(model):
     status, text = model.forward(caches=[a], logits=None)
     assert status == NULL_POINTER
     one_line(text, "logits is null")
-    assert model.library.forwardBatch(model.handle, None, 1, None, 1, None, None, None, 1, (F32 * vocabulary)()) == NULL_POINTER
+    assert (
+        model.library.forwardBatch(model.handle, None, 1, None, 1, None, None, None, 1, (F32 * vocabulary)())
+        == NULL_POINTER
+    )
     assert model.library.forwardBatch(None, None, 1, None, 1, None, None, None, 1, (F32 * vocabulary)()) == NULL_POINTER
     one_line(model.error(), "model is null")
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [dict(topk=0), dict(temperature=-1.0), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(topp=-0.1), dict(topp=1.5), dict(topp=float("nan"))]
+    [
+        dict(topk=0),
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(temperature=float("inf")),
+        dict(topp=-0.1),
+        dict(topp=1.5),
+        dict(topp=float("nan")),
+    ]
     + [dict(random=1.0), dict(random=-0.5), dict(random=float("nan"))],
     ids=str,
 )
@@ -376,12 +407,10 @@ def test_all_scales_together(build_engine: Builder, library, config, meta, tmp_p
     assert relative_l2(found, expected) <= EXACT
 
 
-def reference_logits_of(build_engine: Builder, config: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray, folder) -> np.ndarray:
+def reference_logits_of(
+    build_engine: Builder, config: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray, folder
+) -> np.ndarray:
     """onnxruntime on a checkpoint of exactly these tensors."""
-    import json
-
-    from safetensors.numpy import save_file
-
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
@@ -433,7 +462,16 @@ def decode(engine: Engine, library: Any, tokens: np.ndarray, results: list, repe
             out = np.empty((1, engine.meta.dvoc), np.float32)
             one = U32 * 1
             status = library.forwardBatch(
-                engine._model, one(int(token)), 1, one(1), 1, one(i), (ctypes.c_void_p * 1)(cache), None, 1, out.ctypes.data_as(ctypes.POINTER(F32))
+                engine._model,
+                one(int(token)),
+                1,
+                one(1),
+                1,
+                one(i),
+                (ctypes.c_void_p * 1)(cache),
+                None,
+                1,
+                out.ctypes.data_as(ctypes.POINTER(F32)),
             )
             assert status == 0, library.qwen3LastError()
             rows.append(out[0])

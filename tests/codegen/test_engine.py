@@ -47,7 +47,9 @@ PROMPTS = (1, 2, 15, 16, 17, 33, 50)
 EXACT, ALONE = 1e-5, 5e-6
 PIECES: dict[str, Callable[[int], list[int]]] = {
     "whole": lambda n: [n],
-    "pieces": lambda n: [s for s in (1, 7, n - 8) if s > 0][: n if n < 3 else 3] if n >= 9 else [n - n // 2, n // 2][: 1 + (n > 1)],
+    "pieces": lambda n: (
+        [s for s in (1, 7, n - 8) if s > 0][: n if n < 3 else 3] if n >= 9 else [n - n // 2, n // 2][: 1 + (n > 1)]
+    ),
     "tokens": lambda n: [1] * n,
 }
 
@@ -171,7 +173,9 @@ def test_ragged_batches_equal_the_requests_alone(subject, name):
         s.engine.drop_cache(cache)
     caches = [s.filled(ids[:start]) if start else s.engine.create_cache(0) for (start, _), ids in zip(RAGGED, tokens)]
     flat = np.concatenate([ids[start:] for (start, _), ids in zip(RAGGED, tokens)])
-    together = s.engine.forward(flat, [new for _, new in RAGGED], [start for start, _ in RAGGED], caches, range(len(flat)))
+    together = s.engine.forward(
+        flat, [new for _, new in RAGGED], [start for start, _ in RAGGED], caches, range(len(flat))
+    )
     ends = np.cumsum([new for _, new in RAGGED])
     wanted = np.concatenate([s.expected(ids)[start:] for (start, _), ids in zip(RAGGED, tokens)])
     assert relative_l2(together, wanted) <= s.bound
@@ -197,7 +201,9 @@ def test_rows_choose_logits(subject, name):
 
     for rows in ([0], [14], [9], [8, 9, 14], [14, 0, 7, 7, 9, 2], list(range(15))):
         assert relative_l2(fresh(rows), every[rows]) <= EXACT, rows
-    assert relative_l2(fresh(None), every[[8, 9, 14]]) <= EXACT  # the last of each request, also where the engine reorders requests
+    assert (
+        relative_l2(fresh(None), every[[8, 9, 14]]) <= EXACT
+    )  # the last of each request, also where the engine reorders requests
 
 
 @pytest.mark.parametrize("name", ["any-two-f32", "paged-wide-f32"])
@@ -425,7 +431,10 @@ def test_contiguous_descriptors_do_not_depend_on_the_number_of_layers(subject):
         for position in (21, 22, 23):
             s.feed(cache, s.tokens(1), position)
         per_step = {name: n / 3 for name, n in grown(s.engine, before).items()}
-        assert per_step["h2d_copies"] == per_step["steps"] == 1 and per_step["plans_evicted"] == per_step["device_allocations"] == 0
+        assert (
+            per_step["h2d_copies"] == per_step["steps"] == 1
+            and per_step["plans_evicted"] == per_step["device_allocations"] == 0
+        )
         before = counters(s.engine)
         s.feed(cache, s.tokens(1), 23)  # a length that has been there
         assert grown(s.engine, before)["descriptors_created"] == 0

@@ -36,7 +36,9 @@ def manifest_text(folder: Path) -> str:
             return [clean(v) for v in node]
         if not isinstance(node, dict):
             return node
-        return {k: FIXED if k in ("offset", "path", "weights_folder", "fingerprint") else clean(v) for k, v in node.items()}
+        return {
+            k: FIXED if k in ("offset", "path", "weights_folder", "fingerprint") else clean(v) for k, v in node.items()
+        }
 
     data = clean(json.loads((folder / "manifest.json").read_text()))
     data["passes"] = [[name, matches] for name, matches, _ in data["passes"]]
@@ -63,10 +65,14 @@ def test_what_is_emitted_is_what_it_was(case: str, tmp_path: Path, request: pyte
     for name, text in texts.items():
         path = folder / name
         golden = path.read_text() if path.is_file() else ""
-        lines = difflib.unified_diff(golden.splitlines(), text.splitlines(), f"golden/{case}/{name}", f"emitted {name}", lineterm="", n=2)
+        lines = difflib.unified_diff(
+            golden.splitlines(), text.splitlines(), f"golden/{case}/{name}", f"emitted {name}", lineterm="", n=2
+        )
         diff += list(lines)
     shown = "\n".join(diff[:80]) + (f"\n... {len(diff) - 80} more lines" if len(diff) > 80 else "")
-    assert not diff, f"the emitted files changed; if that was meant: pytest tests/codegen/test_golden.py --renew-golden\n{shown}"
+    assert not diff, (
+        f"the emitted files changed; if that was meant: pytest tests/codegen/test_golden.py --renew-golden\n{shown}"
+    )
 
 
 def test_two_emissions_are_equal(tmp_path: Path) -> None:
@@ -85,12 +91,23 @@ def test_goldens_name_no_machine() -> None:
             assert word not in text, f"{path.name} holds {word}"
 
 
-STRICT = "-Wshadow -Wpedantic -Wnon-virtual-dtor -Wold-style-cast -Wcast-align -Woverloaded-virtual -Wnull-dereference -Wdouble-promotion -Wimplicit-fallthrough -Wextra-semi".split()
+STRICT = "-Wshadow -Wpedantic -Wconversion -Wsign-conversion -Wnon-virtual-dtor -Wold-style-cast -Wcast-align -Woverloaded-virtual -Wnull-dereference -Wdouble-promotion -Wimplicit-fallthrough -Wextra-semi".split()
 
 
 def syntax_check(cxx: str, sources: Path, *flags: str) -> str:
     include = f"{infinicpu.build()}/include"
-    command = [cxx, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *flags, "-isystem", include, str(sources / "qwen3.cpp")]
+    command = [
+        cxx,
+        "-std=c++17",
+        "-fsyntax-only",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *flags,
+        "-isystem",
+        include,
+        str(sources / "qwen3.cpp"),
+    ]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
 
 

@@ -108,7 +108,16 @@ def answer(model: Qwen3ForCausalLM, prompts: list[str]) -> list[str]:
         lengths = [len(pending[r]) for r in active]
         flat = [token for r in active for token in pending[r]]
         n = len(active)
-        tokens = engine.infer(flat, lengths, [position[r] for r in active], [caches[r] for r in active], [1.0] * n, [1] * n, [1.0] * n, [0.5] * n)
+        tokens = engine.infer(
+            flat,
+            lengths,
+            [position[r] for r in active],
+            [caches[r] for r in active],
+            [1.0] * n,
+            [1] * n,
+            [1.0] * n,
+            [0.5] * n,
+        )
         for r, length, token in zip(active, lengths, tokens.tolist()):
             position[r] += length
             pending[r] = [token]

@@ -37,8 +37,22 @@ def driver(build_engine: Builder):
             sources = build_engine(model, emit_only=True, **options)
             root = infinicpu.build(sanitize=sanitize)
             out = build_engine.root / f"driver-{len(made)}"
-            flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitize else ["-O1"]
-            command = [compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags, f"-I{sources}", "-isystem", f"{root}/include"]
+            flags = (
+                [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+                if sanitize
+                else ["-O1"]
+            )
+            command = [
+                compiler(),
+                "-std=c++17",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                *flags,
+                f"-I{sources}",
+                "-isystem",
+                f"{root}/include",
+            ]
             command += [str(DRIVER), str(sources / "qwen3.cpp"), "-o", str(out)]
             command += [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-linfiniop", "-linfinirt", "-lpthread"]
             done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -62,10 +76,24 @@ def test_the_scenario_itself(driver) -> None:
     run(driver("plain", "two", dtype="f16", kv="contiguous"), "plain", 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kv", ["paged", "contiguous"])
-@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("kind, kv", [("address", "paged"), ("thread", "contiguous")])
 def test_under_sanitizers(driver, kind: str, kv: str) -> None:
+    run(driver(kind, "two", dtype="f32", kv=kv), kind)
+
+
+@pytest.mark.parametrize(
+    "fault, text",
+    [("overrun", "AddressSanitizer: heap-buffer-overflow"), ("leak", "LeakSanitizer: detected memory leaks")],
+)
+def test_the_sanitizer_is_awake(driver, fault: str, text: str) -> None:
+    program = driver("address", "two", dtype="f32", kv="paged")
+    done = subprocess.run([str(program), fault], env={**os.environ, **SETTINGS}, capture_output=True, text=True)
+    assert done.returncode == 99 and text in done.stderr, done.stderr[:3000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, kv", [("address", "contiguous"), ("thread", "paged")])
+def test_the_other_caches_under_sanitizers(driver, kind: str, kv: str) -> None:
     run(driver(kind, "two", dtype="f32", kv=kv), kind)
 
 

@@ -30,7 +30,14 @@ class Arena:
         symbols: of sizes that no input binds.
     """
 
-    def __init__(self, graph: Graph, plan: Plan, inputs: Mapping[str, np.ndarray], folder: Path | None = None, symbols: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        inputs: Mapping[str, np.ndarray],
+        folder: Path | None = None,
+        symbols: Mapping[str, int] | None = None,
+    ) -> None:
         self.graph, self.plan = graph, plan
         self.symbols = bind_inputs(graph, inputs, dict(symbols or {}))
         self.memory: dict[str, tuple[np.ndarray, int]] = {}  # buffer -> bytes and where it begins in them
@@ -38,7 +45,9 @@ class Arena:
         for value in graph.inputs:
             self._own(value.name, np.asarray(inputs[value.name]).astype(DTYPES[value.type.dtype].numpy))
         for constant in graph.constants.values():
-            self._own(constant.name, constants.load(constant.data, folder).astype(DTYPES[constant.value.type.dtype].numpy))
+            self._own(
+                constant.name, constants.load(constant.data, folder).astype(DTYPES[constant.value.type.dtype].numpy)
+            )
         self.scratch("main", self.symbols)
 
     def run(self) -> dict[str, np.ndarray]:
@@ -62,7 +71,10 @@ class Arena:
 
     def scratch(self, scope: str, symbols: Mapping[str, int]) -> None:
         """Fresh, poisoned memory for a scope's groups: one array each, so that running out of one is an error and not a neighbour's loss."""
-        groups = {unit: np.full(size * bind(unit, symbols), POISON, np.uint8) for unit, size in self.plan.groups.get(scope, {}).items()}
+        groups = {
+            unit: np.full(size * bind(unit, symbols), POISON, np.uint8)
+            for unit, size in self.plan.groups.get(scope, {}).items()
+        }
         for buffer in self.plan.buffers.values():
             bodies = ("prefill.", "decode.")
             mine = buffer.name.startswith(scope + ".") if scope != "main" else not buffer.name.startswith(bodies)
@@ -99,12 +111,16 @@ class Arena:
         types = tuple(TensorType(v.type.dtype, tuple(bind(d, symbols) for d in v.type.shape)) for v in node.outputs)
         # Copies, so that no result is computed in the operands' own memory by chance.
         copies = [np.array(o, np.float64 if o.dtype.kind == "f" else o.dtype) for o in operands]
-        found = results(lookup(node.op).reference(copies, with_defaults(node.op, node.attrs), Context(types, symbols, True)))
+        found = results(
+            lookup(node.op).reference(copies, with_defaults(node.op, node.attrs), Context(types, symbols, True))
+        )
         for value, array in zip(node.outputs, found):
             if node.op.startswith("setup."):
                 self._own(places[value.name].buffer, np.asarray(array, DTYPES[value.type.dtype].numpy))
             elif node.op.startswith("view."):
-                assert np.array_equal(self.view(places[value.name], symbols), array, equal_nan=True), f"{node.op} {value.name}: its place shows something else"
+                assert np.array_equal(self.view(places[value.name], symbols), array, equal_nan=True), (
+                    f"{node.op} {value.name}: its place shows something else"
+                )
             else:
                 np.copyto(self.view(places[value.name], symbols), array)
 
@@ -134,7 +150,9 @@ class Arena:
                 place = places[name]
                 array, begin = self.memory[place.buffer]
                 item = DTYPES[place.type.dtype].bytes
-                begin += (sum(bind(term, symbols) for term in place.offset) + row * bind(place.strides[0], symbols)) * item
+                begin += (
+                    sum(bind(term, symbols) for term in place.offset) + row * bind(place.strides[0], symbols)
+                ) * item
                 self.memory[argument] = (array, begin)
             for argument, name in zip(("k_cache", "v_cache"), node.inputs[3:5]):
                 place = places[name]

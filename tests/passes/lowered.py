@@ -118,7 +118,11 @@ def batch(graph: Graph, seed: int = 0, block: int = 16, garbage: float = 7.5) ->
     rows = np.concatenate([rng.permutation(total)[:5], [total - 1, 0, 0]])
     contiguous = ragged_inputs(graph, tokens, starts, caches, rows)
     lengths = [new for _, new in REQUESTS]
-    slots = [tables[r, t // block] * block + t % block for r, (start, new) in enumerate(REQUESTS) for t in range(start, start + new)]
+    slots = [
+        tables[r, t // block] * block + t % block
+        for r, (start, new) in enumerate(REQUESTS)
+        for t in range(start, start + new)
+    ]
     paged = {
         **{k: contiguous[k] for k in ("tokens", "positions", "rows")},
         **blocks,
@@ -130,25 +134,41 @@ def batch(graph: Graph, seed: int = 0, block: int = 16, garbage: float = 7.5) ->
     return Batch(contiguous, paged, tables, block)
 
 
-def assert_same(before: Graph, found: dict[str, np.ndarray], expected: dict[str, np.ndarray], data: Batch, paged: bool, bound: float = 1e-12) -> None:
+def assert_same(
+    before: Graph,
+    found: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    data: Batch,
+    paged: bool,
+    bound: float = 1e-12,
+) -> None:
     """A graph's results equal those of the fused graph ``before``, and what no token was written to is as it was."""
     assert_close(found["logits"], expected["logits"], "logits", bound)
     for name in expected:
         if name == "logits":
             continue
         for r, (start, new) in enumerate(REQUESTS):
-            a, b = (data.cache(name, r, array, start + new, p) for array, p in ((found[name], paged), (expected[name], False)))
+            a, b = (
+                data.cache(name, r, array, start + new, p)
+                for array, p in ((found[name], paged), (expected[name], False))
+            )
             assert_close(a, b, f"{name} of request {r}", bound)
             if not paged:
                 assert (found[name][r, :, start + new :] == 7.5).all(), name
         if paged:
-            taken = {int(b) for r, (start, new) in enumerate(REQUESTS) for b in data.tables[r, : -(-(start + new) // data.block)]}
+            taken = {
+                int(b)
+                for r, (start, new) in enumerate(REQUESTS)
+                for b in data.tables[r, : -(-(start + new) // data.block)]
+            }
             free = [b for b in range(len(found[name])) if b not in taken]
             assert len(free) == 2 and (found[name][free] == 7.5).all(), name
 
 
 @lru_cache(maxsize=None)
-def expected(shape: tuple, dtype: str = "f64", disable: frozenset[str] = frozenset()) -> tuple[Batch, dict[str, np.ndarray]]:
+def expected(
+    shape: tuple, dtype: str = "f64", disable: frozenset[str] = frozenset()
+) -> tuple[Batch, dict[str, np.ndarray]]:
     """REQUESTS through the fused graph in float64."""
     graph = fused(shape, dtype, disable)
     data = batch(graph)

@@ -68,7 +68,10 @@ def test_every_record_in_every_dtype_is_compiled_or_refused_in_words(name):
         with pytest.raises(UnsupportedError) as caught:
             legal(fused(shape, dtype), target, "paged")
         text = str(caught.value)
-        assert text.startswith(f"target {name}: attention_cached in {dtype} cannot be compiled (paged: ") and "contiguous: not asked for" in text
+        assert (
+            text.startswith(f"target {name}: attention_cached in {dtype} cannot be compiled (paged: ")
+            and "contiguous: not asked for" in text
+        )
         assert "\n" not in text
 
 
@@ -102,10 +105,22 @@ def without(target: Target, *ops: str, **changed: OpSupport) -> Target:
     "target, text",
     [
         (without(targets()["cpu"], "gemm"), "target odd: linear in f32 cannot be compiled (gemm: odd has no gemm)"),
-        (without(targets()["cpu"], "rope"), "target odd: norm_rope in f32 cannot be compiled (rms_norm, rope: odd has no rope)"),
-        (without(targets()["cpu"], "causal_softmax"), "target odd: attention_cached in f32 cannot be compiled (paged: odd has no paged_caching; contiguous: odd has no causal_softmax)"),
-        (without(targets()["cpu"], "swiglu", "silu"), "swiglu in f32 cannot be compiled (swiglu: odd has no swiglu; silu, mul: odd has no silu)"),
-        (without(targets()["cpu"], rms_norm=OpSupport(("f16",))), "rms_norm in f32 cannot be compiled (rms_norm: rms_norm on odd takes f16, not f32)"),
+        (
+            without(targets()["cpu"], "rope"),
+            "target odd: norm_rope in f32 cannot be compiled (rms_norm, rope: odd has no rope)",
+        ),
+        (
+            without(targets()["cpu"], "causal_softmax"),
+            "target odd: attention_cached in f32 cannot be compiled (paged: odd has no paged_caching; contiguous: odd has no causal_softmax)",
+        ),
+        (
+            without(targets()["cpu"], "swiglu", "silu"),
+            "swiglu in f32 cannot be compiled (swiglu: odd has no swiglu; silu, mul: odd has no silu)",
+        ),
+        (
+            without(targets()["cpu"], rms_norm=OpSupport(("f16",))),
+            "rms_norm in f32 cannot be compiled (rms_norm: rms_norm on odd takes f16, not f32)",
+        ),
         (without(targets()["cpu"], gemm=OpSupport(("f32",), uncertain=True)), "gemm on odd is uncertain"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -126,7 +141,10 @@ def test_the_head_size_is_a_reason():
 
 
 def test_unknown_targets_are_refused():
-    with pytest.raises(UnsupportedError, match=r"unknown target 'tpu'; targets are cpu nvidia|unknown target 'tpu'; targets are cpu, nvidia"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"unknown target 'tpu'; targets are cpu nvidia|unknown target 'tpu'; targets are cpu, nvidia",
+    ):
         select("tpu", "embedded")
 
 

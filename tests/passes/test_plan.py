@@ -87,7 +87,13 @@ STEPS = ("add", "mul", "silu", "swiglu", "rms_norm", "add_rms_norm", "gemm", "sl
 
 def random_graph(steps: list[tuple[str, int, int]], outputs: list[int]) -> Graph:
     """A graph of [T, 6], [T, 3], [T, 2, 3], [T, 12] and [L, 6] values; each step is an op and two numbers that choose its operands."""
-    inputs = (Value("x", X), Value("y", X), Value("rows", TensorType("i32", (L,))), Value("w", TensorType("f64", (6,))), Value("m", TensorType("f64", (6, 6))))
+    inputs = (
+        Value("x", X),
+        Value("y", X),
+        Value("rows", TensorType("i32", (L,))),
+        Value("w", TensorType("f64", (6,))),
+        Value("m", TensorType("f64", (6, 6))),
+    )
     edit = GraphEditor(Graph("random", "infini", inputs, (), {}, ()))
     # The plan never writes over inputs, so start from results of calls.
     full = [edit.add("infini.silu", [name], [name + "_in"])[0] for name in ("x", "y")]
@@ -106,7 +112,9 @@ def random_graph(steps: list[tuple[str, int, int]], outputs: list[int]) -> Graph
         elif op == "gemm":
             full += edit.add("infini.gemm", [a, "m"], hint, dict(alpha=0.5))
         elif op == "slice":  # the halves of one, multiplied, and laid side by side again
-            halves = [edit.add("view.slice", [a], [f"half.{number}.{s}"], dict(axis=1, start=s, size=3))[0] for s in (0, 3)]
+            halves = [
+                edit.add("view.slice", [a], [f"half.{number}.{s}"], dict(axis=1, start=s, size=3))[0] for s in (0, 3)
+            ]
             product = edit.add("infini.mul", halves, [f"product.{number}"])[0]
             other = edit.add("infini.silu", [halves[1]], [f"other.{number}"])[0]
             full += edit.add("view.join", [product, other], hint, dict(axis=1))
@@ -120,7 +128,10 @@ def random_graph(steps: list[tuple[str, int, int]], outputs: list[int]) -> Graph
             back = edit.add("view.permute", [packed], [f"back.{number}"], dict(perm=(1, 0)))[0]
             full += edit.add("infini.rearrange", [back], hint)
         elif op == "join":
-            parts = [edit.add("infini.rms_norm", [v, "w"], [f"part.{number}.{s}"], dict(epsilon=1e-6))[0] for s, v in enumerate((a, b))]
+            parts = [
+                edit.add("infini.rms_norm", [v, "w"], [f"part.{number}.{s}"], dict(epsilon=1e-6))[0]
+                for s, v in enumerate((a, b))
+            ]
             both = edit.add("view.join", parts, [f"both.{number}"], dict(axis=1))[0]
             full += edit.add("view.slice", [both], hint, dict(axis=1, start=3, size=6))
         else:
@@ -140,7 +151,12 @@ def test_random_graphs_run_in_planned_memory(steps, outputs, tokens):
     graph = random_graph(steps, outputs)
     verify(graph)
     rng = np.random.default_rng(len(steps))
-    inputs = {"x": rng.normal(size=(tokens, 6)), "y": rng.normal(size=(tokens, 6)), "rows": rng.integers(0, tokens, 3).astype(np.int32), "w": rng.normal(size=6)}
+    inputs = {
+        "x": rng.normal(size=(tokens, 6)),
+        "y": rng.normal(size=(tokens, 6)),
+        "rows": rng.integers(0, tokens, 3).astype(np.int32),
+        "w": rng.normal(size=6),
+    }
     inputs["m"] = rng.normal(size=(6, 6))
     plan = plan_memory(graph)
     wanted = run(graph, inputs, float64=True)
@@ -166,11 +182,19 @@ def test_the_executor_finds_a_bad_plan():
     graph = random_graph([("gemm", 0, 0), ("gemm", 1, 0), ("add", 2, 3)], [4])
     plan = plan_memory(graph)
     rng = np.random.default_rng(0)
-    inputs = {"x": rng.normal(size=(2, 6)), "y": rng.normal(size=(2, 6)), "rows": np.zeros(1, np.int32), "w": rng.normal(size=6), "m": rng.normal(size=(6, 6))}
+    inputs = {
+        "x": rng.normal(size=(2, 6)),
+        "y": rng.normal(size=(2, 6)),
+        "rows": np.zeros(1, np.int32),
+        "w": rng.normal(size=6),
+        "m": rng.normal(size=(6, 6)),
+    }
     inputs = {v.name: inputs[v.name] for v in graph.inputs}
     wanted = run(graph, inputs, float64=True)["out.0"]
     assert np.allclose(Arena(graph, plan, inputs).run()["out.0"], wanted)
-    squeezed = replace(plan, buffers={k: replace(b, offset=0) if b.kind == "scratch" else b for k, b in plan.buffers.items()})
+    squeezed = replace(
+        plan, buffers={k: replace(b, offset=0) if b.kind == "scratch" else b for k, b in plan.buffers.items()}
+    )
     assert not np.allclose(Arena(graph, squeezed, inputs).run()["out.0"], wanted)
 
 
@@ -212,7 +236,9 @@ def view_of(*steps: tuple[str, dict], shape: tuple = (T, 6)) -> Graph:
     ids=["slice", "permute", "swap"],
 )
 def test_reshapes_that_need_a_copy_are_refused(graph):
-    with pytest.raises(GraphError, match=r"v\.1: f64\[.*\] with strides \[.*\] cannot be seen as f64\[.*\] without a copy"):
+    with pytest.raises(
+        GraphError, match=r"v\.1: f64\[.*\] with strides \[.*\] cannot be seen as f64\[.*\] without a copy"
+    ):
         plan_memory(graph)
 
 
@@ -225,11 +251,15 @@ def test_joins_of_what_is_no_result_are_refused():
 
 def test_a_loop_that_reads_what_it_overwrites_is_refused():
     """The next run's state is made by an op that may not write over its operand, while the old state is still read."""
-    body_edit = GraphEditor(Graph("layer", "infini", (Value("x", X), Value("m", TensorType("f64", (6, 6)))), (), {}, ()))
+    body_edit = GraphEditor(
+        Graph("layer", "infini", (Value("x", X), Value("m", TensorType("f64", (6, 6)))), (), {}, ())
+    )
     made = body_edit.add("infini.gemm", ["x", "m"], ["made"])[0]
     body_edit.outputs = [made]
     body = body_edit.finish()
-    edit = GraphEditor(Graph("g", "infini", (Value("x", X), Value("m.0", body.type("m")), Value("m.1", body.type("m"))), (), {}, ()))
+    edit = GraphEditor(
+        Graph("g", "infini", (Value("x", X), Value("m.0", body.type("m")), Value("m.1", body.type("m"))), (), {}, ())
+    )
     start = edit.add("infini.silu", ["x"], ["start"])[0]
     attrs = dict(body=body, count=2, carried=1, per_layer=1, collected=0)
     edit.outputs = list(edit.add("loop.layers", [start, "m.0", "m.1"], ["end"], attrs))

@@ -49,7 +49,9 @@ def test_the_whole_layer_is_in_the_loop(kv):
     assert outside == ["infini.embedding", "infini.rms_norm", "infini.gather_rows", "infini.gemm"]
     assert loop.attrs["carried"] == 2  # the residual stream and its norm
     assert loop.attrs["collected"] == 2  # keys and values
-    merged = [r for r in body.inputs if r.name in ("attn_qkv", "attn_o", "ffn_gate_up", "ffn_down", "k_cache", "v_cache")]
+    merged = [
+        r for r in body.inputs if r.name in ("attn_qkv", "attn_o", "ffn_gate_up", "ffn_down", "k_cache", "v_cache")
+    ]
     assert len(merged) == 6
 
 
@@ -76,7 +78,11 @@ X = TensorType("f64", (sym("T"), WIDTH))
 W = TensorType("f64", (WIDTH,))
 
 
-def chain(layers: int, change: Callable[[GraphEditor, int, str], str] = lambda edit, i, x: x, epsilon: Callable[[int], float] = lambda i: 1e-6) -> Graph:
+def chain(
+    layers: int,
+    change: Callable[[GraphEditor, int, str], str] = lambda edit, i, x: x,
+    epsilon: Callable[[int], float] = lambda i: 1e-6,
+) -> Graph:
     """x -> x + silu(rms_norm(x) * x) per layer; ``change`` may add to a layer."""
     weights = tuple(Value(f"w.{i}", W) for i in range(layers))
     edit = GraphEditor(Graph("chain", "infini", (Value("x", X), *weights), (), {}, ()))

@@ -7,7 +7,7 @@
 //   qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
 //   q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
 //   k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
-//   q_rope_k_rope [T, 8, 32] = rope(q_rope_k_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
+//   qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
 //   attn [T, 6, 32], k_cache_out [R, 2, C, 32], v_cache_out [R, 2, C, 32] = requests(q_rope [T, 6, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], k_cache [R, 2, C, 32], v_cache [R, 2, C, 32], lens [R], starts [R])
 //   o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
 //   hidden_mid [T, 160] = add(hidden [T, 160], o [T, 160])
@@ -37,25 +37,24 @@ namespace {
 // The model
 
 constexpr infiniDevice_t DEVICE = static_cast<infiniDevice_t>(0); // cpu
-constexpr infiniDtype_t DT = INFINI_DTYPE_F32; // of weights, activations, caches and logits
-constexpr uint32_t NLAYER = 4; // layers
-constexpr uint32_t D = 160; // hidden size
-constexpr uint32_t NH = 6; // query heads
-constexpr uint32_t NKVH = 2; // key and value heads
-constexpr uint32_t DH = 32; // head size
-constexpr uint32_t DI = 384; // intermediate size
-constexpr uint32_t DCTX = 512; // largest context
-constexpr uint32_t DVOC = 608; // vocabulary
-constexpr float EPSILON = 1.0e-06f; // of every RMS norm
-constexpr float THETA = 1000000.0f; // rotary base
-constexpr float ATTENTION_FACTOR = 1.0f; // multiplies the rotary tables
+constexpr infiniDtype_t DT = INFINI_DTYPE_F32;                    // of weights, activations, caches and logits
+constexpr uint32_t NLAYER = 4;                                    // layers
+constexpr uint32_t D = 160;                                       // hidden size
+constexpr uint32_t NH = 6;                                        // query heads
+constexpr uint32_t NKVH = 2;                                      // key and value heads
+constexpr uint32_t DH = 32;                                       // head size
+constexpr uint32_t DI = 384;                                      // intermediate size
+constexpr uint32_t DCTX = 512;                                    // largest context
+constexpr uint32_t DVOC = 608;                                    // vocabulary
+constexpr float EPSILON = 1.0e-06f;                               // of every RMS norm
+constexpr float THETA = 1000000.0f;                               // rotary base
+constexpr float ATTENTION_FACTOR = 1.0f;                          // multiplies the rotary tables
 constexpr uint32_t END_TOKEN = 597;
 constexpr size_t MAX_PLANS = 64; // shapes whose operators are kept
 // Rotary frequencies, one per pair of a head's elements.
 constexpr float INV_FREQ[DH / 2] = {
     1.0f, 0.4216965f, 0.17782794f, 0.074989416f, 0.03162278f, 0.013335215f, 0.0056234132f, 0.0023713738f,
-    0.001f, 0.00042169655f, 0.00017782794f, 7.4989424e-05f, 3.1622774e-05f, 1.3335216e-05f, 5.6234135e-06f, 2.3713737e-06f,
-};
+    0.001f, 0.00042169655f, 0.00017782794f, 7.4989424e-05f, 3.1622774e-05f, 1.3335216e-05f, 5.6234135e-06f, 2.3713737e-06f};
 
 constexpr Qwen3Meta COMPILED_META = {DT, NLAYER, D, NH, NKVH, DH, DI, DCTX, DVOC, EPSILON, THETA, END_TOKEN, 1.0f, 1.0f, 1.0f, 1.0f};
 
@@ -65,35 +64,35 @@ constexpr Qwen3Meta COMPILED_META = {DT, NLAYER, D, NH, NKVH, DH, DI, DCTX, DVOC
 constexpr size_t ELEM = 4; // bytes per element of DT
 
 struct Scratch {
-    std::byte *hidden_0; // 640 bytes per T
-    std::byte *attn_norm_out; // 640 bytes per T
-    std::byte *qkv; // 1280 bytes per T
-    std::byte *q_rope_k_rope_norm; // 1024 bytes per T
-    std::byte *attn; // 768 bytes per T
-    std::byte *o; // 640 bytes per T
-    std::byte *ffn_norm_out; // 640 bytes per T
-    std::byte *gate_up; // 3072 bytes per T
-    std::byte *ffn; // 1536 bytes per T
-    std::byte *down; // 640 bytes per T
-    std::byte *final_norm; // 640 bytes per T
+    std::byte *hidden;          // 640 bytes per T
+    std::byte *attn_norm_out;   // 640 bytes per T
+    std::byte *qkv;             // 1280 bytes per T
+    std::byte *qk_rope_norm;    // 1024 bytes per T
+    std::byte *attn;            // 768 bytes per T
+    std::byte *o;               // 640 bytes per T
+    std::byte *ffn_norm_out;    // 640 bytes per T
+    std::byte *gate_up;         // 3072 bytes per T
+    std::byte *ffn;             // 1536 bytes per T
+    std::byte *down;            // 640 bytes per T
+    std::byte *final_norm;      // 640 bytes per T
     std::byte *final_norm_rows; // 640 bytes per L
-    std::byte *logits; // 2432 bytes per L
+    std::byte *logits;          // 2432 bytes per L
     static size_t bytes(size_t T, size_t L) { return 3072 * L + 5248 * T; }
     static Scratch at(std::byte *base, size_t T, size_t L) {
         return {
-            base + 3072 * L + 4608 * T, // hidden_0
+            base + 3072 * L + 4608 * T, // hidden
             base + 3072 * L + 1280 * T, // attn_norm_out
-            base + 3072 * L, // qkv
-            base + 3072 * L + 1280 * T, // q_rope_k_rope_norm
+            base + 3072 * L,            // qkv
+            base + 3072 * L + 1280 * T, // qk_rope_norm
             base + 3072 * L + 2304 * T, // attn
-            base + 3072 * L, // o
+            base + 3072 * L,            // o
             base + 3072 * L + 3072 * T, // ffn_norm_out
-            base + 3072 * L, // gate_up
+            base + 3072 * L,            // gate_up
             base + 3072 * L + 3072 * T, // ffn
-            base + 3072 * L, // down
-            base + 3072 * L, // final_norm
-            base + 2432 * L, // final_norm_rows
-            base, // logits
+            base + 3072 * L,            // down
+            base + 3072 * L,            // final_norm
+            base + 2432 * L,            // final_norm_rows
+            base,                       // logits
         };
     }
 };
@@ -111,15 +110,15 @@ struct DecodeScratch {
 
 struct PrefillScratch {
     std::byte *q_packed; // 768 bytes per len
-    std::byte *scores; // 24 bytes per len*total
-    std::byte *mixed; // 768 bytes per len
+    std::byte *scores;   // 24 bytes per len*total
+    std::byte *mixed;    // 768 bytes per len
     static size_t bytes(size_t len, size_t total) { return 768 * len + (24 * len * total + 63) / 64 * 64; }
     static PrefillScratch at(std::byte *base, size_t len, size_t total) {
         static_cast<void>(total);
         return {
-            base, // q_packed
+            base,             // q_packed
             base + 768 * len, // scores
-            base, // mixed
+            base,             // mixed
         };
     }
 };
@@ -129,8 +128,8 @@ struct PrefillScratch {
 
 // What operators depend on. The rest of a step (tokens, positions, addresses) comes with the calls.
 struct StepShape {
-    uint32_t tokens;   // T: of all requests
-    uint32_t rows;     // L: of logits
+    uint32_t tokens; // T: of all requests
+    uint32_t rows;   // L: of logits
 
     auto tie() const { return std::tie(tokens, rows); }
     bool operator<(const StepShape &other) const { return tie() < other.tie(); }
@@ -147,7 +146,7 @@ struct StepPlan {
     Gemm qkv{"infiniopGemm", "qkv"};
     RMSNorm q_rope_norm{"infiniopRMSNorm", "q_rope_norm"};
     RMSNorm k_rope_norm{"infiniopRMSNorm", "k_rope_norm"};
-    RoPE q_rope_k_rope{"infiniopRoPE", "q_rope_k_rope"};
+    RoPE qk_rope{"infiniopRoPE", "qk_rope"};
     Gemm o{"infiniopGemm", "o"};
     Add hidden_mid{"infiniopAdd", "hidden_mid"};
     Gemm gate_up{"infiniopGemm", "gate_up"};
@@ -165,14 +164,14 @@ infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, b
     QWEN3_TRY(qkv.create(context, TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
     QWEN3_TRY(q_rope_norm.create(context, TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
     QWEN3_TRY(k_rope_norm.create(context, TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(q_rope_k_rope.create(context, TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
+    QWEN3_TRY(qk_rope.create(context, TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
     QWEN3_TRY(o.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 192}), weightDesc(160, 192, transposed)));
     QWEN3_TRY(hidden_mid.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160})));
     QWEN3_TRY(gate_up.create(context, TensorDesc(DT, {T, 768}), TensorDesc(DT, {T, 160}), weightDesc(768, 160, transposed)));
     QWEN3_TRY(ffn.create(context, TensorDesc(DT, {T, 384}), TensorDesc(DT, {T, 384}, {768, 1}), TensorDesc(DT, {T, 384}, {768, 1})));
     QWEN3_TRY(down.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
     QWEN3_TRY(logits.create(context, TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
-    for (const size_t size : {attn_norm_out.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), q_rope_k_rope.workspaceSize(), o.workspaceSize(), hidden_mid.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), logits.workspaceSize()}) {
+    for (const size_t size : {attn_norm_out.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), qk_rope.workspaceSize(), o.workspaceSize(), hidden_mid.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), logits.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
     ++context.counters->plans_built;
@@ -495,9 +494,9 @@ struct Batch {
 
 // The step's integer inputs, in one piece of memory that is filled on the host and copied to the device at once.
 struct Inputs {
-    int32_t *tokens; // [T]
+    int32_t *tokens;    // [T]
     int32_t *positions; // [T]
-    int32_t *rows; // [L]
+    int32_t *rows;      // [L]
     static size_t bytes(const StepShape &shape) {
         return size_t{4} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.rows;
     }
@@ -553,7 +552,6 @@ static infiniStatus_t stageInputs(DeviceResource &rsrc, const Batch &batch, Step
     QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), rsrc.staging.data(), rsrc.staging.size(), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
     return INFINI_STATUS_SUCCESS;
 }
-
 
 // Attention of a request of one token.
 static infiniStatus_t attendDecode(const DeviceResource &rsrc, const DecodePlan &plan, const DecodeScratch &s, const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out) {
@@ -613,29 +611,29 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
     // from /model/embed_tokens/Gather, /model/embed_tokens/Cast
     for (size_t i = 0; i < T; ++i) {
         const std::byte *row = rsrc.input_embd->data() + static_cast<size_t>(host.tokens[i]) * (160 * ELEM);
-        QWEN3_CHECK(infinirtMemcpyAsync(s.hidden_0 + i * (160 * ELEM), row, (160 * ELEM), INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (hidden.0)");
+        QWEN3_CHECK(infinirtMemcpyAsync(s.hidden + i * (160 * ELEM), row, (160 * ELEM), INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (hidden.0)");
     }
-    for (size_t layer = 0; layer < 4; ++layer) {
+    for (size_t layer = 0; layer < NLAYER; ++layer) {
         // attn_norm_out [T, 160] = rms_norm(hidden [T, 160], attn_norm [160])
         // from /model/layers.*/input_layernorm/RMSNormalization, /model/layers.*/Add_1
-        QWEN3_TRY(plan->attn_norm_out.run(context, s.attn_norm_out, s.hidden_0, rsrc.attn_norm[layer]->data()));
+        QWEN3_TRY(plan->attn_norm_out.run(context, s.attn_norm_out, s.hidden, rsrc.attn_norm[layer]->data()));
         // qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
         // from /model/layers.*/self_attn/q_proj/MatMul, /model/layers.*/self_attn/k_proj/MatMul, /model/layers.*/self_attn/v_proj/MatMul
         QWEN3_TRY(plan->qkv.run(context, s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
         // q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_norm.run(context, s.q_rope_k_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
+        QWEN3_TRY(plan->q_rope_norm.run(context, s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
         // k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
         // from /model/layers.*/self_attn/k_norm/RMSNormalization, /model/layers.*/self_attn/k_rope/RotaryEmbedding
-        QWEN3_TRY(plan->k_rope_norm.run(context, s.q_rope_k_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
-        // q_rope_k_rope [T, 8, 32] = rope(q_rope_k_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
+        QWEN3_TRY(plan->k_rope_norm.run(context, s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
+        // qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_k_rope.run(context, s.q_rope_k_rope_norm, s.q_rope_k_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
+        QWEN3_TRY(plan->qk_rope.run(context, s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
         // attn [T, 6, 32], k_cache_out [R, 2, C, 32], v_cache_out [R, 2, C, 32] = requests(q_rope [T, 6, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], k_cache [R, 2, C, 32], v_cache [R, 2, C, 32], lens [R], starts [R])
         // from /model/layers.*/self_attn/Attention
         for (const Request &request : requests) {
-            std::byte *q = s.q_rope_k_rope_norm + request.row * 256 * ELEM;
-            std::byte *k = s.q_rope_k_rope_norm + 192 * ELEM + request.row * 256 * ELEM;
+            std::byte *q = s.qk_rope_norm + request.row * 256 * ELEM;
+            std::byte *k = s.qk_rope_norm + 192 * ELEM + request.row * 256 * ELEM;
             std::byte *v = s.qkv + 256 * ELEM + request.row * 320 * ELEM;
             std::byte *out = s.attn + request.row * 192 * ELEM;
             std::byte *keys = request.cache->keys(layer), *values = request.cache->values(layer);
@@ -650,10 +648,10 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
         QWEN3_TRY(plan->o.run(context, s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
         // hidden_mid [T, 160] = add(hidden [T, 160], o [T, 160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->hidden_mid.run(context, s.hidden_0, s.hidden_0, s.o));
+        QWEN3_TRY(plan->hidden_mid.run(context, s.hidden, s.hidden, s.o));
         // ffn_norm_out [T, 160] = rms_norm(hidden_mid [T, 160], ffn_norm [160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->attn_norm_out.run(context, s.ffn_norm_out, s.hidden_0, rsrc.ffn_norm[layer]->data()));
+        QWEN3_TRY(plan->attn_norm_out.run(context, s.ffn_norm_out, s.hidden, rsrc.ffn_norm[layer]->data()));
         // gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
         // from /model/layers.*/mlp/gate_proj/MatMul, /model/layers.*/mlp/up_proj/MatMul
         QWEN3_TRY(plan->gate_up.run(context, s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
@@ -665,11 +663,11 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
         QWEN3_TRY(plan->down.run(context, s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
         // hidden_2 [T, 160] = add(hidden_mid [T, 160], down [T, 160])
         // from /model/layers.*/Add_1, /model/layers.*/input_layernorm/RMSNormalization, /model/norm/RMSNormalization
-        QWEN3_TRY(plan->hidden_mid.run(context, s.hidden_0, s.hidden_0, s.down));
+        QWEN3_TRY(plan->hidden_mid.run(context, s.hidden, s.hidden, s.down));
     }
     // final_norm [T, 160] = rms_norm(hidden.4 [T, 160], output_norm [160])
     // from /model/layers.*/Add_1, /model/norm/RMSNormalization
-    QWEN3_TRY(plan->attn_norm_out.run(context, s.final_norm, s.hidden_0, rsrc.output_norm->data()));
+    QWEN3_TRY(plan->attn_norm_out.run(context, s.final_norm, s.hidden, rsrc.output_norm->data()));
     // final_norm_rows [L, 160] = copy_chosen_rows(final_norm [T, 160], rows [L])
     for (size_t i = 0; i < L; ++i) {
         const std::byte *row = s.final_norm + static_cast<size_t>(host.rows[i]) * (160 * ELEM);
@@ -769,8 +767,14 @@ infiniStatus_t checkWeights(const Qwen3Weights &weights) {
         return badParam("weights: input_embd, output_norm or output_embd is null");
     }
     const std::pair<const char *, const void *const *> arrays[] = {
-        {"attn_norm", weights.attn_norm}, {"attn_qkv", weights.attn_qkv}, {"attn_q_norm", weights.attn_q_norm}, {"attn_k_norm", weights.attn_k_norm},
-        {"attn_o", weights.attn_o}, {"ffn_norm", weights.ffn_norm}, {"ffn_gate_up", weights.ffn_gate_up}, {"ffn_down", weights.ffn_down},
+        {"attn_norm", weights.attn_norm},
+        {"attn_qkv", weights.attn_qkv},
+        {"attn_q_norm", weights.attn_q_norm},
+        {"attn_k_norm", weights.attn_k_norm},
+        {"attn_o", weights.attn_o},
+        {"ffn_norm", weights.ffn_norm},
+        {"ffn_gate_up", weights.ffn_gate_up},
+        {"ffn_down", weights.ffn_down},
     };
     for (const auto &[name, array] : arrays) {
         for (size_t layer = 0; layer < NLAYER; ++layer) {

@@ -171,21 +171,21 @@ inline infiniStatus_t fail(infiniStatus_t status, const std::string &what) {
     return status;
 }
 
-#define QWEN3_CHECK(CALL, WHAT)                                    \
-    do {                                                           \
-        const infiniStatus_t status_of_call = (CALL);              \
-        if (status_of_call != INFINI_STATUS_SUCCESS) {             \
-            return ::qwen3::fail(status_of_call, WHAT);            \
-        }                                                          \
+#define QWEN3_CHECK(CALL, WHAT)                         \
+    do {                                                \
+        const infiniStatus_t status_of_call = (CALL);   \
+        if (status_of_call != INFINI_STATUS_SUCCESS) {  \
+            return ::qwen3::fail(status_of_call, WHAT); \
+        }                                               \
     } while (0)
 
 // For calls that have recorded their failure themselves.
-#define QWEN3_TRY(CALL)                                            \
-    do {                                                           \
-        const infiniStatus_t status_of_call = (CALL);              \
-        if (status_of_call != INFINI_STATUS_SUCCESS) {             \
-            return status_of_call;                                 \
-        }                                                          \
+#define QWEN3_TRY(CALL)                                \
+    do {                                               \
+        const infiniStatus_t status_of_call = (CALL);  \
+        if (status_of_call != INFINI_STATUS_SUCCESS) { \
+            return status_of_call;                     \
+        }                                              \
     } while (0)
 
 inline size_t sizeOf(infiniDtype_t dtype) {

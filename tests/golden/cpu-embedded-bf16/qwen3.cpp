@@ -6,7 +6,7 @@
 //   qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
 //   q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
 //   k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
-//   q_rope_k_rope [T, 8, 32] = rope(q_rope_k_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
+//   qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
 //   k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32] = paged_caching(k_cache [B, 2, 16, 32], v_cache [B, 2, 16, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], slots [T])
 //   attn [T, 6, 32] = paged_attention_ragged(q_rope [T, 6, 32], k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
 //   attn: the other requests
@@ -37,25 +37,24 @@ namespace {
 // The model
 
 constexpr infiniDevice_t DEVICE = static_cast<infiniDevice_t>(0); // embedded
-constexpr infiniDtype_t DT = INFINI_DTYPE_BF16; // of weights, activations, caches and logits
-constexpr uint32_t NLAYER = 4; // layers
-constexpr uint32_t D = 160; // hidden size
-constexpr uint32_t NH = 6; // query heads
-constexpr uint32_t NKVH = 2; // key and value heads
-constexpr uint32_t DH = 32; // head size
-constexpr uint32_t DI = 384; // intermediate size
-constexpr uint32_t DCTX = 512; // largest context
-constexpr uint32_t DVOC = 608; // vocabulary
-constexpr float EPSILON = 1.0e-06f; // of every RMS norm
-constexpr float THETA = 1000000.0f; // rotary base
-constexpr float ATTENTION_FACTOR = 1.0f; // multiplies the rotary tables
+constexpr infiniDtype_t DT = INFINI_DTYPE_BF16;                   // of weights, activations, caches and logits
+constexpr uint32_t NLAYER = 4;                                    // layers
+constexpr uint32_t D = 160;                                       // hidden size
+constexpr uint32_t NH = 6;                                        // query heads
+constexpr uint32_t NKVH = 2;                                      // key and value heads
+constexpr uint32_t DH = 32;                                       // head size
+constexpr uint32_t DI = 384;                                      // intermediate size
+constexpr uint32_t DCTX = 512;                                    // largest context
+constexpr uint32_t DVOC = 608;                                    // vocabulary
+constexpr float EPSILON = 1.0e-06f;                               // of every RMS norm
+constexpr float THETA = 1000000.0f;                               // rotary base
+constexpr float ATTENTION_FACTOR = 1.0f;                          // multiplies the rotary tables
 constexpr uint32_t END_TOKEN = 597;
 constexpr size_t MAX_PLANS = 64; // shapes whose operators are kept
 // Rotary frequencies, one per pair of a head's elements.
 constexpr float INV_FREQ[DH / 2] = {
     1.0f, 0.4216965f, 0.17782794f, 0.074989416f, 0.03162278f, 0.013335215f, 0.0056234132f, 0.0023713738f,
-    0.001f, 0.00042169655f, 0.00017782794f, 7.4989424e-05f, 3.1622774e-05f, 1.3335216e-05f, 5.6234135e-06f, 2.3713737e-06f,
-};
+    0.001f, 0.00042169655f, 0.00017782794f, 7.4989424e-05f, 3.1622774e-05f, 1.3335216e-05f, 5.6234135e-06f, 2.3713737e-06f};
 
 constexpr Qwen3Meta COMPILED_META = {DT, NLAYER, D, NH, NKVH, DH, DI, DCTX, DVOC, EPSILON, THETA, END_TOKEN, 1.0f, 1.0f, 1.0f, 1.0f};
 
@@ -65,33 +64,33 @@ constexpr Qwen3Meta COMPILED_META = {DT, NLAYER, D, NH, NKVH, DH, DI, DCTX, DVOC
 constexpr size_t ELEM = 2; // bytes per element of DT
 
 struct Scratch {
-    std::byte *hidden_0; // 320 bytes per T
-    std::byte *attn_norm_out_0; // 320 bytes per T
-    std::byte *qkv; // 640 bytes per T
-    std::byte *q_rope_k_rope_norm; // 512 bytes per T
-    std::byte *attn; // 384 bytes per T
-    std::byte *o; // 320 bytes per T
-    std::byte *ffn_norm_out; // 320 bytes per T
-    std::byte *gate_up; // 1536 bytes per T
-    std::byte *ffn; // 768 bytes per T
-    std::byte *down; // 320 bytes per T
+    std::byte *hidden;          // 320 bytes per T
+    std::byte *attn_norm_out;   // 320 bytes per T
+    std::byte *qkv;             // 640 bytes per T
+    std::byte *qk_rope_norm;    // 512 bytes per T
+    std::byte *attn;            // 384 bytes per T
+    std::byte *o;               // 320 bytes per T
+    std::byte *ffn_norm_out;    // 320 bytes per T
+    std::byte *gate_up;         // 1536 bytes per T
+    std::byte *ffn;             // 768 bytes per T
+    std::byte *down;            // 320 bytes per T
     std::byte *final_norm_rows; // 320 bytes per L
-    std::byte *logits; // 1216 bytes per L
+    std::byte *logits;          // 1216 bytes per L
     static size_t bytes(size_t T, size_t L) { return 1536 * L + 2624 * T; }
     static Scratch at(std::byte *base, size_t T, size_t L) {
         return {
-            base + 1536 * L + 2304 * T, // hidden_0
-            base + 1536 * L + 640 * T, // attn_norm_out_0
-            base + 1536 * L, // qkv
-            base + 1536 * L + 640 * T, // q_rope_k_rope_norm
-            base + 1536 * L, // attn
-            base + 1536 * L + 384 * T, // o
+            base + 1536 * L + 2304 * T, // hidden
+            base + 1536 * L + 640 * T,  // attn_norm_out
+            base + 1536 * L,            // qkv
+            base + 1536 * L + 640 * T,  // qk_rope_norm
+            base + 1536 * L,            // attn
+            base + 1536 * L + 384 * T,  // o
             base + 1536 * L + 1536 * T, // ffn_norm_out
-            base + 1536 * L, // gate_up
+            base + 1536 * L,            // gate_up
             base + 1536 * L + 1536 * T, // ffn
-            base + 1536 * L, // down
-            base + 1216 * L, // final_norm_rows
-            base, // logits
+            base + 1536 * L,            // down
+            base + 1216 * L,            // final_norm_rows
+            base,                       // logits
         };
     }
 };
@@ -123,7 +122,7 @@ struct StepPlan {
     Gemm qkv{"infiniopGemm", "qkv"};
     RMSNorm q_rope_norm{"infiniopRMSNorm", "q_rope_norm"};
     RMSNorm k_rope_norm{"infiniopRMSNorm", "k_rope_norm"};
-    RoPE q_rope_k_rope{"infiniopRoPE", "q_rope_k_rope"};
+    RoPE qk_rope{"infiniopRoPE", "qk_rope"};
     PagedCaching k_cache_out{"infiniopPagedCaching", "k_cache_out"};
     PagedAttention attn_decode{"infiniopPagedAttention", "attn_decode"};
     PagedAttentionPrefill attn_prefill{"infiniopPagedAttentionPrefill", "attn_prefill"};
@@ -146,7 +145,7 @@ infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, u
     QWEN3_TRY(qkv.create(context, TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
     QWEN3_TRY(q_rope_norm.create(context, TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
     QWEN3_TRY(k_rope_norm.create(context, TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(q_rope_k_rope.create(context, TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
+    QWEN3_TRY(qk_rope.create(context, TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
     QWEN3_TRY(k_cache_out.create(context, TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(INFINI_DTYPE_I64, {T})));
     if (ND != 0) {
         QWEN3_TRY(attn_decode.create(context, TensorDesc(DT, {ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {ND, M}), TensorDesc(INFINI_DTYPE_I32, {ND}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
@@ -161,7 +160,7 @@ infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, u
     QWEN3_TRY(down.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
     QWEN3_TRY(final_norm_rows.create(context, TensorDesc(DT, {L, 160}), TensorDesc(INFINI_DTYPE_I32, {L}), TensorDesc(DT, {T, 160})));
     QWEN3_TRY(logits.create(context, TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
-    for (const size_t size : {hidden_0.workspaceSize(), attn_norm_out_0.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), q_rope_k_rope.workspaceSize(), k_cache_out.workspaceSize(), attn_decode.workspaceSize(), attn_prefill.workspaceSize(), o.workspaceSize(), ffn_norm_out.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), final_norm_rows.workspaceSize(), logits.workspaceSize()}) {
+    for (const size_t size : {hidden_0.workspaceSize(), attn_norm_out_0.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), qk_rope.workspaceSize(), k_cache_out.workspaceSize(), attn_decode.workspaceSize(), attn_prefill.workspaceSize(), o.workspaceSize(), ffn_norm_out.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), final_norm_rows.workspaceSize(), logits.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
     ++context.counters->plans_built;
@@ -318,11 +317,11 @@ infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *cons
         const Qwen3KVCache &cache = *caches[i];
         const size_t kept = starts[i] < cache.length ? blocksFor(starts[i]) : cache.blocks.size(); // reserved blocks stay
         for (size_t b = kept; b < cache.blocks.size(); ++b) {
-            available += pool.shared(cache.blocks[b]) ? 0 : 1;
+            available += pool.shared(cache.blocks[b]) ? 0u : 1u;
         }
         const size_t wanted = blocksFor(uint64_t{starts[i]} + lens[i]);
         needed += wanted > kept ? wanted - kept : 0;
-        needed += starts[i] % BLOCK != 0 && pool.shared(cache.blocks[starts[i] / BLOCK]) ? 1 : 0;
+        needed += starts[i] % BLOCK != 0 && pool.shared(cache.blocks[starts[i] / BLOCK]) ? 1u : 0u;
     }
     if (needed > available) {
         return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV pool: " + std::to_string(needed) + " blocks of " + std::to_string(BLOCK) + " tokens needed, " + std::to_string(available) + " free");
@@ -472,13 +471,13 @@ struct Batch {
 
 // The step's integer inputs, in one piece of memory that is filled on the host and copied to the device at once.
 struct Inputs {
-    int64_t *slots; // [T]
-    int32_t *tokens; // [T]
-    int32_t *positions; // [T]
-    int32_t *rows; // [L]
+    int64_t *slots;        // [T]
+    int32_t *tokens;       // [T]
+    int32_t *positions;    // [T]
+    int32_t *rows;         // [L]
     int32_t *block_tables; // [R, M]
-    int32_t *seq_lens; // [R]
-    int32_t *cu_lens; // [R1]
+    int32_t *seq_lens;     // [R]
+    int32_t *cu_lens;      // [R1]
     static size_t bytes(const StepShape &shape) {
         return size_t{8} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.rows + size_t{4} * shape.requests * shape.blocks + size_t{4} * shape.requests + size_t{4} * (shape.requests + 1);
     }
@@ -560,7 +559,6 @@ static infiniStatus_t stageInputs(DeviceResource &rsrc, const Batch &batch, Step
     return INFINI_STATUS_SUCCESS;
 }
 
-
 // Run a batch whose caches have room. Leaves the logits of the wanted tokens, in the caller's order, on the device and says where.
 infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, const Batch &batch, std::byte **logits) {
     static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
@@ -578,41 +576,41 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
 
     // hidden.0 [T, 160] = embedding(tokens [T], input_embd [608, 160])
     // from /model/embed_tokens/Gather, /model/embed_tokens/Cast
-    QWEN3_TRY(plan->hidden_0.run(context, s.hidden_0, in.tokens, rsrc.input_embd->data()));
+    QWEN3_TRY(plan->hidden_0.run(context, s.hidden, in.tokens, rsrc.input_embd->data()));
     // attn_norm_out.0 [T, 160] = rms_norm(hidden.0 [T, 160], attn_norm.0 [160])
     // from /model/layers.*/input_layernorm/RMSNormalization
-    QWEN3_TRY(plan->attn_norm_out_0.run(context, s.attn_norm_out_0, s.hidden_0, rsrc.attn_norm[0]->data()));
-    for (size_t layer = 0; layer < 4; ++layer) {
+    QWEN3_TRY(plan->attn_norm_out_0.run(context, s.attn_norm_out, s.hidden, rsrc.attn_norm[0]->data()));
+    for (size_t layer = 0; layer < NLAYER; ++layer) {
         // qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
         // from /model/layers.*/self_attn/q_proj/MatMul, /model/layers.*/self_attn/k_proj/MatMul, /model/layers.*/self_attn/v_proj/MatMul
-        QWEN3_TRY(plan->qkv.run(context, s.qkv, s.attn_norm_out_0, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan->qkv.run(context, s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
         // q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_norm.run(context, s.q_rope_k_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
+        QWEN3_TRY(plan->q_rope_norm.run(context, s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
         // k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
         // from /model/layers.*/self_attn/k_norm/RMSNormalization, /model/layers.*/self_attn/k_rope/RotaryEmbedding
-        QWEN3_TRY(plan->k_rope_norm.run(context, s.q_rope_k_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
-        // q_rope_k_rope [T, 8, 32] = rope(q_rope_k_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
+        QWEN3_TRY(plan->k_rope_norm.run(context, s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
+        // qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_k_rope.run(context, s.q_rope_k_rope_norm, s.q_rope_k_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
+        QWEN3_TRY(plan->qk_rope.run(context, s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
         // k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32] = paged_caching(k_cache [B, 2, 16, 32], v_cache [B, 2, 16, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], slots [T])
         // from /model/layers.*/self_attn/Attention
-        QWEN3_TRY(plan->k_cache_out.run(context, rsrc.kv.keys(layer), rsrc.kv.values(layer), s.q_rope_k_rope_norm + 192 * ELEM, s.qkv + 256 * ELEM, in.slots));
+        QWEN3_TRY(plan->k_cache_out.run(context, rsrc.kv.keys(layer), rsrc.kv.values(layer), s.qk_rope_norm + 192 * ELEM, s.qkv + 256 * ELEM, in.slots));
         // attn [T, 6, 32] = paged_attention_ragged(q_rope [T, 6, 32], k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
         // from /model/layers.*/self_attn/Attention
         if (shape.decodes != 0) {
-            QWEN3_TRY(plan->attn_decode.run(context, s.attn, s.q_rope_k_rope_norm, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables, in.seq_lens, nullptr));
+            QWEN3_TRY(plan->attn_decode.run(context, s.attn, s.qk_rope_norm, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables, in.seq_lens, nullptr));
         }
         // attn: the other requests
         if (shape.decodes != shape.requests) {
-            QWEN3_TRY(plan->attn_prefill.run(context, s.attn + shape.decodes * 192 * ELEM, s.q_rope_k_rope_norm + shape.decodes * 256 * ELEM, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables + size_t{shape.decodes} * shape.blocks, in.seq_lens + shape.decodes, in.cu_lens, nullptr));
+            QWEN3_TRY(plan->attn_prefill.run(context, s.attn + shape.decodes * 192 * ELEM, s.qk_rope_norm + shape.decodes * 256 * ELEM, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables + size_t{shape.decodes} * shape.blocks, in.seq_lens + shape.decodes, in.cu_lens, nullptr));
         }
         // o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
         // from /model/layers.*/self_attn/o_proj/MatMul
         QWEN3_TRY(plan->o.run(context, s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
         // ffn_norm_out [T, 160], hidden_mid [T, 160] = add_rms_norm(hidden [T, 160], o [T, 160], ffn_norm [160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->ffn_norm_out.run(context, s.ffn_norm_out, s.hidden_0, s.hidden_0, s.o, rsrc.ffn_norm[layer]->data()));
+        QWEN3_TRY(plan->ffn_norm_out.run(context, s.ffn_norm_out, s.hidden, s.hidden, s.o, rsrc.ffn_norm[layer]->data()));
         // gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
         // from /model/layers.*/mlp/gate_proj/MatMul, /model/layers.*/mlp/up_proj/MatMul
         QWEN3_TRY(plan->gate_up.run(context, s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
@@ -624,10 +622,10 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
         QWEN3_TRY(plan->down.run(context, s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
         // attn_norm_out_2 [T, 160], hidden_2 [T, 160] = add_rms_norm(hidden_mid [T, 160], down [T, 160], attn_norm [160])
         // from /model/layers.*/Add_1, /model/layers.*/input_layernorm/RMSNormalization, /model/norm/RMSNormalization
-        QWEN3_TRY(plan->ffn_norm_out.run(context, s.attn_norm_out_0, s.hidden_0, s.hidden_0, s.down, (layer + 1 < 4 ? rsrc.attn_norm[layer + 1] : rsrc.output_norm)->data()));
+        QWEN3_TRY(plan->ffn_norm_out.run(context, s.attn_norm_out, s.hidden, s.hidden, s.down, (layer + 1 < NLAYER ? rsrc.attn_norm[layer + 1] : rsrc.output_norm)->data()));
     }
     // final_norm_rows [L, 160] = gather_rows(final_norm [T, 160], rows [L])
-    QWEN3_TRY(plan->final_norm_rows.run(context, s.final_norm_rows, in.rows, s.attn_norm_out_0));
+    QWEN3_TRY(plan->final_norm_rows.run(context, s.final_norm_rows, in.rows, s.attn_norm_out));
     // logits [L, 608] = gemm(final_norm_rows [L, 160], input_embd.t [160, 608])
     // from /lm_head/MatMul
     QWEN3_TRY(plan->logits.run(context, s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
@@ -722,8 +720,14 @@ infiniStatus_t checkWeights(const Qwen3Weights &weights) {
         return badParam("weights: input_embd, output_norm or output_embd is null");
     }
     const std::pair<const char *, const void *const *> arrays[] = {
-        {"attn_norm", weights.attn_norm}, {"attn_qkv", weights.attn_qkv}, {"attn_q_norm", weights.attn_q_norm}, {"attn_k_norm", weights.attn_k_norm},
-        {"attn_o", weights.attn_o}, {"ffn_norm", weights.ffn_norm}, {"ffn_gate_up", weights.ffn_gate_up}, {"ffn_down", weights.ffn_down},
+        {"attn_norm", weights.attn_norm},
+        {"attn_qkv", weights.attn_qkv},
+        {"attn_q_norm", weights.attn_q_norm},
+        {"attn_k_norm", weights.attn_k_norm},
+        {"attn_o", weights.attn_o},
+        {"ffn_norm", weights.ffn_norm},
+        {"ffn_gate_up", weights.ffn_gate_up},
+        {"ffn_down", weights.ffn_down},
     };
     for (const auto &[name, array] : arrays) {
         for (size_t layer = 0; layer < NLAYER; ++layer) {

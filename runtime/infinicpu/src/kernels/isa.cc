@@ -41,6 +41,7 @@ const Kernels INFINICPU_CONCAT(KERNELS_, INFINICPU_ISA) = {
     {toF32Row<float>, toF32Row<F16>, toF32Row<BF16>},
     {attention<float>, attention<F16>, attention<BF16>},
     {attentionMerge<float>, attentionMerge<F16>, attentionMerge<BF16>},
+    maxValue,
     softmaxWeights,
 };
 

@@ -122,6 +122,8 @@ struct Kernels {
     // Merges `parts` partial results of one row, `stride` floats apart, into out.
     void (*attention_merge[3])(size_t parts, const float *partial, size_t stride, size_t value_dim, void *out);
 
+    // The largest of n >= 1 values; NaN is passed over, and -infinity if nothing else is there.
+    float (*max_value)(size_t n, const float *values);
     // weights[i] = exp((logits[i] - max) * inverse_temperature), and their sum. NaN counts as 0.
     double (*softmax_weights)(size_t n, float *weights, const float *logits, float max, float inverse_temperature);
 };

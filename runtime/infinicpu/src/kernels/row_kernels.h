@@ -106,6 +106,20 @@ inline float maxOfLanes(Vec v) {
 
 constexpr float NEGATIVE_INFINITY = -__builtin_inff();
 
+// vmax(value, highest so far) passes over NaN: with one, all of the instruction sets return the second operand.
+inline float maxValue(size_t n, const float *values) {
+    Vec highest[NUM_SUMS] = {vset(NEGATIVE_INFINITY), vset(NEGATIVE_INFINITY), vset(NEGATIVE_INFINITY), vset(NEGATIVE_INFINITY)};
+    size_t i = 0;
+    for (; i + NUM_SUMS * LANES <= n; i += NUM_SUMS * LANES) {
+        unrolled<NUM_SUMS>([&](auto part) { highest[part.value] = vmax(vload(values + i + part.value * LANES), highest[part.value]); });
+    }
+    float max = maxOfLanes(vmax(vmax(highest[0], highest[1]), vmax(highest[2], highest[3])));
+    for (; i < n; ++i) {
+        max = maxOf(max, values[i]);
+    }
+    return max;
+}
+
 // Three passes that each compute what they need from x: exp is cheaper than a buffer for a row of unknown length, and
 // y (which may be x) is written in the last pass only.
 template <class T>

@@ -12,8 +12,10 @@ using namespace infinicpu;
 
 namespace {
 
-// Candidates are sorted in pieces of growing size until the drawn one is among them: mostly the first few.
-constexpr size_t FIRST_PIECE = 64;
+// The drawn index is mostly among the largest few hundred weights. Those are found in one pass with a heap; only a
+// draw beyond them pays for partitioning all of the weights.
+constexpr size_t FIRST_PIECE = 256;
+constexpr size_t LARGEST_HEAP = 1024;
 
 struct RandomSampleDescriptor final : InfiniopDescriptor {
     static constexpr const char *KIND = "random_sample";
@@ -44,51 +46,92 @@ void writeIndex(void *result, infiniDtype_t dtype, uint32_t index) {
 
 // The first of the largest; a NaN at the front wins, elsewhere it loses, as a loop with `>` has it.
 template <class T>
-uint32_t argmax(const T *values, size_t n) {
-    uint32_t best = 0;
-    for (size_t i = 1; i < n; ++i) {
-        if (values[i] > values[best]) {
-            best = uint32_t(i);
-        }
+uint32_t argmax(const T *values, size_t n, T max) {
+    if (values[0] != values[0]) {
+        return 0;
     }
-    return best;
+    return uint32_t(std::find(values, values + n, max) - values);
 }
+
+// Indices in falling order of their weights, equal weights by index: as many of them as were asked for.
+template <class W>
+class FallingOrder {
+public:
+    FallingOrder(const W *weights, uint32_t *order, size_t n)
+        : _weights(weights), _order(order), _n(n) {}
+
+    uint32_t operator[](size_t i) const { return _order[i]; }
+
+    void sortFirst(size_t count) {
+        count = std::min(count, _n);
+        if (count <= _sorted) {
+            return;
+        }
+        const auto before = [w = _weights](uint32_t x, uint32_t y) { return w[x] != w[y] ? w[x] > w[y] : x < y; };
+        if (!_partitioned && count <= LARGEST_HEAP) {
+            // The heap's top is the last of the chosen; a later index never displaces an equal weight.
+            for (size_t i = 0; i < count; ++i) {
+                _order[i] = uint32_t(i);
+            }
+            std::make_heap(_order, _order + count, before);
+            for (size_t i = count; i < _n; ++i) {
+                if (_weights[i] > _weights[_order[0]]) {
+                    std::pop_heap(_order, _order + count, before);
+                    _order[count - 1] = uint32_t(i);
+                    std::push_heap(_order, _order + count, before);
+                }
+            }
+            std::sort_heap(_order, _order + count, before);
+        } else {
+            if (!_partitioned) {
+                for (size_t i = 0; i < _n; ++i) {
+                    _order[i] = uint32_t(i);
+                }
+                _partitioned = true;
+                _sorted = 0;
+            }
+            if (count < _n) {
+                std::nth_element(_order + _sorted, _order + count, _order + _n, before);
+            }
+            std::sort(_order + _sorted, _order + count, before);
+        }
+        _sorted = count;
+    }
+
+    size_t sorted() const { return _sorted; }
+
+private:
+    const W *_weights;
+    uint32_t *_order;
+    size_t _n;
+    size_t _sorted = 0;
+    bool _partitioned = false; // _order holds all n indices
+};
 
 // The selection rule, see the header: weights (not normalised) with their total, `order` is scratch for n indices.
 template <class W>
 uint32_t draw(const W *weights, double total, uint32_t *order, size_t n, float random_val, float topp, int topk) {
     const size_t limit = topk < 0 || size_t(topk) > n ? n : size_t(topk);
-    for (size_t i = 0; i < n; ++i) {
-        order[i] = uint32_t(i);
-    }
-    const auto before = [weights](uint32_t x, uint32_t y) { return weights[x] != weights[y] ? weights[x] > weights[y] : x < y; };
-    size_t sorted = 0;
-    const auto sortUpTo = [&](size_t count) {
-        if (count < n) {
-            std::nth_element(order + sorted, order + count, order + n, before);
-        }
-        std::sort(order + sorted, order + count, before);
-        sorted = count;
-    };
+    FallingOrder<W> falling(weights, order, n);
     double top_k_sum = total;
     if (limit < n) {
-        sortUpTo(limit);
+        falling.sortFirst(limit);
         top_k_sum = 0.0;
         for (size_t i = 0; i < limit; ++i) {
-            top_k_sum += double(weights[order[i]]);
+            top_k_sum += double(weights[falling[i]]);
         }
     }
     const double threshold = double(random_val) * std::min(top_k_sum, double(topp) * total);
     double sum = 0.0;
     uint32_t chosen = 0;
-    for (size_t i = 0; i < n; ++i) {
-        if (i == sorted) {
-            sortUpTo(std::min(n, std::max(FIRST_PIECE, 4 * sorted)));
+    for (size_t i = 0; i < limit; ++i) { // no further: rounding must not push the draw beyond the allowed ones
+        if (i == falling.sorted()) {
+            falling.sortFirst(std::max(FIRST_PIECE, 4 * i));
         }
-        sum += double(weights[order[i]]);
-        chosen = order[i];
-        if (sum >= threshold || i + 1 == limit) {
-            break; // the second condition: rounding must not push the draw beyond the allowed ones
+        chosen = falling[i];
+        sum += double(weights[chosen]);
+        if (sum >= threshold) {
+            break;
         }
     }
     return chosen;
@@ -102,10 +145,13 @@ infiniStatus_t sample(const RandomSampleDescriptor &d, char *workspace, void *re
     }
     if (d.dtype == INFINI_DTYPE_F64) {
         const double *values = static_cast<const double *>(logits);
-        uint32_t chosen = argmax(values, d.n);
+        double max = -std::numeric_limits<double>::infinity();
+        for (size_t i = 0; i < d.n; ++i) {
+            max = values[i] > max ? values[i] : max;
+        }
+        uint32_t chosen = argmax(values, d.n, max);
         if (!greedy) {
             double *weights = reinterpret_cast<double *>(workspace);
-            const double max = *std::max_element(values, values + d.n);
             double total = 0.0;
             for (size_t i = 0; i < d.n; ++i) {
                 const double weight = std::exp((values[i] - max) / double(temperature));
@@ -125,12 +171,9 @@ infiniStatus_t sample(const RandomSampleDescriptor &d, char *workspace, void *re
         kernels().to_f32[floatIndex(d.dtype)](d.n, weights, logits);
         values = weights;
     }
-    uint32_t chosen = argmax(values, d.n);
+    const float max = kernels().max_value(d.n, values);
+    uint32_t chosen = argmax(values, d.n, max);
     if (!greedy) {
-        float max = -std::numeric_limits<float>::infinity();
-        for (size_t i = 0; i < d.n; ++i) {
-            max = values[i] > max ? values[i] : max;
-        }
         const double total = kernels().softmax_weights(d.n, weights, values, max, 1.0f / temperature);
         // No finite maximum leaves no weights: the argmax stands.
         if (total > 0.0) {
