@@ -56,22 +56,30 @@ def from_checkpoint(model: Path, *, config_only: bool) -> Source:
         file = Path(folder) / "model.onnx"
         export(model, file, opset=23, config_only=config_only)
         graph = import_onnx(file, model)
-    return Source(graph, "checkpoint", model, model, config.dtype, config.max_position_embeddings, tuple(config.eos_token_ids))
+    return Source(
+        graph, "checkpoint", model, model, config.dtype, config.max_position_embeddings, tuple(config.eos_token_ids)
+    )
 
 
 def from_onnx(file: Path) -> Source:
     """Import an ONNX file; facts about its use come from its metadata or the config.json beside the weights."""
     if not file.is_file():
-        raise GraphError(f"{file}: no such ONNX file; write it with python -m frontend.export, or give --onnx or --model")
+        raise GraphError(
+            f"{file}: no such ONNX file; write it with python -m frontend.export, or give --onnx or --model"
+        )
     folder = find_weights_folder(file)
     graph = import_onnx(file, folder)
     properties = dict(graph.meta.get("metadata_props", {}))
     if (folder / "config.json").is_file():
         config = load_config(folder)
-        return Source(graph, "onnx", file, folder, config.dtype, config.max_position_embeddings, tuple(config.eos_token_ids))
+        return Source(
+            graph, "onnx", file, folder, config.dtype, config.max_position_embeddings, tuple(config.eos_token_ids)
+        )
     context = properties.get("max_position_embeddings", "")
     if not context.isdigit():
-        raise ConfigError(f"{file}: neither its metadata nor a config.json beside it says the largest context: give --max-context")
+        raise ConfigError(
+            f"{file}: neither its metadata nor a config.json beside it says the largest context: give --max-context"
+        )
     eos = json.loads(properties.get("eos_token_ids", "[]"))
     dtype = properties.get("dtype", "f32")
     return Source(graph, "onnx", file, folder, dtype if dtype in DTYPES else "f32", int(context), tuple(eos))
@@ -123,7 +131,11 @@ def build_model(
     check_quant(quant)
     if simulate:
         raise UnsupportedError("--simulate: there is no device simulator yet")
-    for name, value, choices in (("--dtype", dtype, DTYPE_CHOICES), ("--kv", kv, KV_CHOICES), ("--target", target, TARGETS)):
+    for name, value, choices in (
+        ("--dtype", dtype, DTYPE_CHOICES),
+        ("--kv", kv, KV_CHOICES),
+        ("--target", target, TARGETS),
+    ):
         if value is not None and value not in choices:
             raise ConfigError(f"{name} {value}: choose one of {', '.join(choices)}")
     if (model is None) == (onnx is None):
@@ -149,7 +161,9 @@ def build_model(
     )
     say("writing the sources")
     with _staging(out) as folder:
-        manifest = emit(program, source, folder, target=target, infinicore=infinicore, config_only=config_only, max_batch=max_batch)
+        manifest = emit(
+            program, source, folder, target=target, infinicore=infinicore, config_only=config_only, max_batch=max_batch
+        )
         if not emit_only:
             say("compiling the engine")
             compile_engine(folder, headers(infinicore), sanitize=sanitize)
@@ -160,7 +174,16 @@ def build_model(
     return out
 
 
-def emit(program: Program, source: Source, folder: Path, *, target: str, infinicore: str, config_only: bool, max_batch: int | None) -> dict[str, Any]:
+def emit(
+    program: Program,
+    source: Source,
+    folder: Path,
+    *,
+    target: str,
+    infinicore: str,
+    config_only: bool,
+    max_batch: int | None,
+) -> dict[str, Any]:
     """Write the sources into ``folder`` and return the manifest."""
     facts = program.facts
     form = program.graph.meta["kv"]
@@ -215,7 +238,9 @@ def headers(infinicore: str) -> Path:
         return build()
     root = Path(infinicore)
     if not (root / "include" / "infiniop.h").is_file():
-        raise BuildError(f"--infinicore {infinicore}: there is no include/infiniop.h in it; expected an InfiniCore installation, embedded or any")
+        raise BuildError(
+            f"--infinicore {infinicore}: there is no include/infiniop.h in it; expected an InfiniCore installation, embedded or any"
+        )
     return root
 
 

@@ -44,8 +44,12 @@ CALLS: dict[str, CallSpec] = {
     "infini.paged_caching": CallSpec("PagedCaching", ("o0", "o1", "i2", "i3", "i4")),
 }
 # infini.paged_attention_ragged is two operators, each on its part of the batch; the engine gives alibi_slopes as null.
-PAGED_DECODE = CallSpec("PagedAttention", ("o0", "i0", "i1", "i2", "i3", "i4"), create=("alibi", "scale"), call=("alibi",))
-PAGED_PREFILL = CallSpec("PagedAttentionPrefill", ("o0", "i0", "i1", "i2", "i3", "i4", "i5"), create=("alibi", "scale"), call=("alibi",))
+PAGED_DECODE = CallSpec(
+    "PagedAttention", ("o0", "i0", "i1", "i2", "i3", "i4"), create=("alibi", "scale"), call=("alibi",)
+)
+PAGED_PREFILL = CallSpec(
+    "PagedAttentionPrefill", ("o0", "i0", "i1", "i2", "i3", "i4", "i5"), create=("alibi", "scale"), call=("alibi",)
+)
 SAMPLE = CallSpec("RandomSample", ("o0", "i0"), call=("random_val", "topp", "topk", "temperature"))
 
 

@@ -15,12 +15,27 @@ from passes.targets import TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, choices=TARGETS, metavar="TARGET", help=f"device: {' '.join(TARGETS)}")
+    parser.add_argument(
+        "--target", required=True, choices=TARGETS, metavar="TARGET", help=f"device: {' '.join(TARGETS)}"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face folder: config.json and safetensors")
-    source.add_argument("--onnx", type=Path, metavar="FILE", help="an ONNX file of the model (default: build/model.onnx, as frontend.export writes it)")
-    parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="folder to write (default: build/TARGET); an earlier build there is replaced")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of weights, activations and KV cache (default: the checkpoint's own)")
+    source.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FILE",
+        help="an ONNX file of the model (default: build/model.onnx, as frontend.export writes it)",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="OUT",
+        help="folder to write (default: build/TARGET); an earlier build there is replaced",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, help="of weights, activations and KV cache (default: the checkpoint's own)"
+    )
     parser.add_argument("--quant", default="none", help="quantisation of weights (default: none)")
     parser.add_argument(
         "--infinicore",
@@ -29,13 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="embedded: the CPU library that comes with this package; any: only what every InfiniCore since 0.1.0 has; DIR: an installation "
         "(default: embedded)",
     )
-    parser.add_argument("--kv", default="auto", choices=KV_CHOICES, help="form of the KV cache (default: the best that the target has)")
-    parser.add_argument("--max-batch", type=_positive, metavar="N", help="requests per step to plan for; recorded in the manifest")
-    parser.add_argument("--max-context", type=_positive, metavar="N", help="tokens per request (default: the model's own)")
-    parser.add_argument("--config-only", action="store_true", help="compile from config.json alone; weights may come later")
+    parser.add_argument(
+        "--kv", default="auto", choices=KV_CHOICES, help="form of the KV cache (default: the best that the target has)"
+    )
+    parser.add_argument(
+        "--max-batch", type=_positive, metavar="N", help="requests per step to plan for; recorded in the manifest"
+    )
+    parser.add_argument(
+        "--max-context", type=_positive, metavar="N", help="tokens per request (default: the model's own)"
+    )
+    parser.add_argument(
+        "--config-only", action="store_true", help="compile from config.json alone; weights may come later"
+    )
     parser.add_argument("--emit-only", action="store_true", help="write the sources, do not compile them")
     parser.add_argument("--simulate", action="store_true", help="build for the device simulator")
-    parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph as text after each pass: 00-import.ir, 01-fold_constants.ir, ...")
+    parser.add_argument(
+        "--dump-ir",
+        type=Path,
+        metavar="DIR",
+        help="write the graph as text after each pass: 00-import.ir, 01-fold_constants.ir, ...",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -57,14 +85,37 @@ def run(arguments: argparse.Namespace) -> int:
         if terminal:
             print(f"[{time.monotonic() - started:5.1f} s] {line}", file=sys.stderr)
 
-    names = ("target", "out", "dtype", "quant", "infinicore", "kv", "max_batch", "max_context", "config_only", "emit_only", "simulate", "dump_ir")
+    names = (
+        "target",
+        "out",
+        "dtype",
+        "quant",
+        "infinicore",
+        "kv",
+        "max_batch",
+        "max_context",
+        "config_only",
+        "emit_only",
+        "simulate",
+        "dump_ir",
+    )
     out = build_model(model=model, onnx=onnx, progress=say, **{name: getattr(arguments, name) for name in names})
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     if arguments.json:
-        print(json.dumps(dict(out=str(out), seconds=round(time.monotonic() - started, 2), **{k: manifest[k] for k in ("target", "record", "dtype", "kv", "library", "ops")})))
+        print(
+            json.dumps(
+                dict(
+                    out=str(out),
+                    seconds=round(time.monotonic() - started, 2),
+                    **{k: manifest[k] for k in ("target", "record", "dtype", "kv", "library", "ops")},
+                )
+            )
+        )
         return 0
     meta = manifest["meta"]
-    print(f"{out}: {meta['nlayer']} layers in {manifest['dtype']}, {manifest['kv']['form']} KV cache, {len(manifest['ops'])} InfiniCore functions, {time.monotonic() - started:.1f} s")
+    print(
+        f"{out}: {meta['nlayer']} layers in {manifest['dtype']}, {manifest['kv']['form']} KV cache, {len(manifest['ops'])} InfiniCore functions, {time.monotonic() - started:.1f} s"
+    )
     for line in next_steps(out, manifest):
         print(line)
     return 0
@@ -76,7 +127,9 @@ def next_steps(out: Path, manifest: dict[str, Any]) -> list[str]:
     source = manifest["model"]["source"]
     model = shlex.quote(source["path"] if source["kind"] == "checkpoint" else manifest["model"]["weights_folder"])
     if manifest["model"]["config_only"]:
-        return [f"It was compiled without weights; with a checkpoint of this configuration: python -m runtime.generate MODEL_DIR --build {folder} --prompt TEXT"]
+        return [
+            f"It was compiled without weights; with a checkpoint of this configuration: python -m runtime.generate MODEL_DIR --build {folder} --prompt TEXT"
+        ]
     run_here = f"python -m runtime.generate {model} --build {folder} --prompt TEXT"
     compile_there = f"cmake -S {folder} -B {folder}/cmake -DINFINI_ROOT=/path/to/infinicore && cmake --build {folder}/cmake && cp {folder}/cmake/libqwen3.so {folder}/"
     if manifest["device"] == 0:

@@ -235,9 +235,9 @@ def _build(found: Found, build: Build, until: str | None) -> None:
             else from_checkpoint(source, config_only=bool(model["config_only"])).graph
         )
         record = select(data["target"], data["infinicore"])
-        history, found.passes = found.passes, []
+        again = Found(found.path, found.kind, found.graphs)  # the manifest's own history and decisions stay
         _lower(
-            found,
+            again,
             graph,
             record,
             data["dtype"],
@@ -246,7 +246,6 @@ def _build(found: Found, build: Build, until: str | None) -> None:
             tuple(found.facts["eos_token_ids"]),
             until,
         )
-        found.passes = history
     except Qwen3Error as error:
         found.note = f"op counts are not known: {error}"
 

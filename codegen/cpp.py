@@ -10,7 +10,21 @@ import numpy as np
 
 from ir.types import Dim, TensorType
 
-_KEYWORDS = {"and", "or", "not", "xor", "new", "delete", "class", "template", "this", "default", "register", "union", "auto"}
+_KEYWORDS = {
+    "and",
+    "or",
+    "not",
+    "xor",
+    "new",
+    "delete",
+    "class",
+    "template",
+    "this",
+    "default",
+    "register",
+    "union",
+    "auto",
+}
 
 
 def identifier(name: str) -> str:
@@ -44,7 +58,11 @@ def float_literal(value: float) -> str:
     single = np.float32(value)
     if not math.isfinite(single):
         raise ValueError(f"{value} is not a finite float32")
-    text = np.format_float_positional(single, unique=True, trim="0") if 1e-4 <= abs(single) < 1e7 or single == 0 else np.format_float_scientific(single, unique=True, trim="0")
+    text = (
+        np.format_float_positional(single, unique=True, trim="0")
+        if 1e-4 <= abs(single) < 1e7 or single == 0
+        else np.format_float_scientific(single, unique=True, trim="0")
+    )
     return text + "f"
 
 

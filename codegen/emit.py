@@ -73,7 +73,9 @@ class Emitter:
         self.elem = DTYPES[facts.dtype].bytes
         if self.paged:
             step = "const StepShape &shape, uint32_t pool_blocks, bool transposed"
-            local = ["const size_t T = shape.tokens, L = shape.rows, R = shape.requests, B = pool_blocks, M = shape.blocks, ND = shape.decodes, NP = R - ND;"]
+            local = [
+                "const size_t T = shape.tokens, L = shape.rows, R = shape.requests, B = pool_blocks, M = shape.blocks, ND = shape.decodes, NP = R - ND;"
+            ]
         else:
             step, local = "const StepShape &shape, bool transposed", ["const size_t T = shape.tokens, L = shape.rows;"]
         self.step = PlanStruct("StepPlan", step, local)
@@ -106,7 +108,9 @@ class Emitter:
         buffer = self.plan.buffers.get(place.buffer)
         kind = buffer.kind if buffer else "argument"
         if kind == "scratch":
-            base = "s." + cpp.identifier(place.buffer.split(".", 1)[1] if scope in ("prefill", "decode") else place.buffer)
+            base = "s." + cpp.identifier(
+                place.buffer.split(".", 1)[1] if scope in ("prefill", "decode") else place.buffer
+            )
         elif kind == "weight":
             base = self.weights.get(value) or weight_expression(place.buffer)
         elif kind == "table":
@@ -158,12 +162,18 @@ class Emitter:
         if node.op == "infini.rearrange_into" and which == "o0":
             # The destination is the slice that is written, not the whole cache.
             axis, start = node.attrs["axis"], node.attrs["start"]
-            place = Place(place.buffer, place.offset + (place.strides[axis] * start,), place.strides, places[node.inputs[1]].type)
+            place = Place(
+                place.buffer, place.offset + (place.strides[axis] * start,), place.strides, places[node.inputs[1]].type
+            )
         return place, name
 
     def create_argument(self, name: str, attrs: Mapping[str, Any]) -> str:
         if name == "epsilon":
-            return "EPSILON" if cpp.float_literal(attrs["epsilon"]) == cpp.float_literal(self.facts.epsilon) else cpp.float_literal(attrs["epsilon"])
+            return (
+                "EPSILON"
+                if cpp.float_literal(attrs["epsilon"]) == cpp.float_literal(self.facts.epsilon)
+                else cpp.float_literal(attrs["epsilon"])
+            )
         if name == "algo":
             return "INFINIOP_ROPE_ALGO_GPT_J" if attrs["interleaved"] else "INFINIOP_ROPE_ALGO_GPT_NEOX"
         if name == "alibi":
@@ -202,20 +212,44 @@ class Emitter:
         i32 = "INFINI_DTYPE_I32"
         scale = [self.create_argument(a, attrs) for a in calls.PAGED_DECODE.create]
         caches = [self.desc(k), self.desc(v)]
-        decode = [rows(out, "ND"), rows(q, "ND"), *caches, f"TensorDesc({i32}, {{ND, M}})", f"TensorDesc({i32}, {{ND}})", *scale]
+        decode = [
+            rows(out, "ND"),
+            rows(q, "ND"),
+            *caches,
+            f"TensorDesc({i32}, {{ND, M}})",
+            f"TensorDesc({i32}, {{ND}})",
+            *scale,
+        ]
         prefill = [rows(out, "T - ND"), rows(q, "T - ND"), *caches]
-        prefill += [f"TensorDesc({i32}, {{NP, M}})", f"TensorDesc({i32}, {{NP}})", f"TensorDesc({i32}, {{NP + 1}})", *scale]
+        prefill += [
+            f"TensorDesc({i32}, {{NP, M}})",
+            f"TensorDesc({i32}, {{NP}})",
+            f"TensorDesc({i32}, {{NP + 1}})",
+            *scale,
+        ]
         name = readable(node)
         one = struct.member(calls.PAGED_DECODE, name + "_decode", decode, "ND != 0")
         many = struct.member(calls.PAGED_PREFILL, name + "_prefill", prefill, "NP != 0")
-        base = [self.pointer(p, n, scope) for p, n in ((out, node.output), (q, node.inputs[0]), (k, node.inputs[1]), (v, node.inputs[2]))]
-        first = self.described(node, scope, style="op", member=one, args=[*base, "in.block_tables", "in.seq_lens", "nullptr"])
+        base = [
+            self.pointer(p, n, scope)
+            for p, n in ((out, node.output), (q, node.inputs[0]), (k, node.inputs[1]), (v, node.inputs[2]))
+        ]
+        first = self.described(
+            node, scope, style="op", member=one, args=[*base, "in.block_tables", "in.seq_lens", "nullptr"]
+        )
         first.update(condition="shape.decodes != 0", comment=first["comment"] + ": requests of one token")
         skip_out = f"{base[0]} + shape.decodes * {cpp.dim(out.strides[0])} * ELEM"
         skip_q = f"{base[1]} + shape.decodes * {cpp.dim(q.strides[0])} * ELEM"
         tables = "in.block_tables + size_t{shape.decodes} * shape.blocks"
         args = [skip_out, skip_q, base[2], base[3], tables, "in.seq_lens + shape.decodes", "in.cu_lens", "nullptr"]
-        second = dict(comment=f"{name}: the other requests", origin="", style="op", member=many, args=args, condition="shape.decodes != shape.requests")
+        second = dict(
+            comment=f"{name}: the other requests",
+            origin="",
+            style="op",
+            member=many,
+            args=args,
+            condition="shape.decodes != shape.requests",
+        )
         return [first, second]
 
     def copy_rows(self, node: Node, scope: str) -> dict[str, Any]:
@@ -263,9 +297,19 @@ class Emitter:
             local.append("static_cast<void>(request);")
         if not re.search(r"\bs\.", spelled):
             local.append("static_cast<void>(s);")
-        comment = "Attention of a request of one token." if which == "decode" else "Attention of a request of several tokens."
+        comment = (
+            "Attention of a request of one token." if which == "decode" else "Attention of a request of several tokens."
+        )
         self.bodies.append(
-            dict(name=f"attend{name}", plan=struct.name, scratch=f"{name}Scratch", params=params, locals=local, calls=printed, comment=comment)
+            dict(
+                name=f"attend{name}",
+                plan=struct.name,
+                scratch=f"{name}Scratch",
+                params=params,
+                locals=local,
+                calls=printed,
+                comment=comment,
+            )
         )
 
     # --- the program ------------------------------------------------------------------------------------------------------------------------------
@@ -278,7 +322,13 @@ class Emitter:
                 body = node.attrs["body"]
                 self.loop_weights(node)
                 count = layer_count(node.attrs["count"], self.facts)
-                parts.append(dict(loop=True, count=count, calls=[c for n in body.nodes for c in self.call(n, body.name, self.step)]))
+                parts.append(
+                    dict(
+                        loop=True,
+                        count=count,
+                        calls=[c for n in body.nodes for c in self.call(n, body.name, self.step)],
+                    )
+                )
                 self.weights = {}
             else:
                 if not parts or parts[-1]["loop"]:
@@ -316,27 +366,63 @@ class Emitter:
         for unit, size in sorted(groups.items(), key=lambda kv: str(kv[0])):
             bases[unit] = " + ".join(base)
             base.append(_aligned(unit, size))
-        mine = [b for b in self.plan.buffers.values() if b.kind == "scratch" and (b.name.startswith(scope + ".") if scope != "main" else not _foreign(b.name, self.plan))]
+        mine = [
+            b
+            for b in self.plan.buffers.values()
+            if b.kind == "scratch"
+            and (b.name.startswith(scope + ".") if scope != "main" else not _foreign(b.name, self.plan))
+        ]
         buffers = []
         for b in mine:
             local = b.name if scope == "main" else b.name.split(".", 1)[1]
-            offset = " * ".join(x for x in ("" if b.offset == 0 else str(b.offset), cpp.dim(b.unit) if b.offset and b.unit != 1 else "") if x)
+            offset = " * ".join(
+                x
+                for x in ("" if b.offset == 0 else str(b.offset), cpp.dim(b.unit) if b.offset and b.unit != 1 else "")
+                if x
+            )
             expression = " + ".join(x for x in ("base", bases[b.unit], offset) if x)
-            buffers.append(dict(name=cpp.identifier(local), expr=expression, type=f"{b.bytes} bytes per {b.unit}" if b.unit != 1 else f"{b.bytes} bytes"))
+            buffers.append(
+                dict(
+                    name=cpp.identifier(local),
+                    expr=expression,
+                    type=f"{b.bytes} bytes per {b.unit}" if b.unit != 1 else f"{b.bytes} bytes",
+                )
+            )
         params = ", ".join(f"size_t {s}" for s in symbols)
         spelled = " ".join(b["expr"] for b in buffers)
         unused = [(s, "") for s in symbols if not re.search(rf"\b{s}\b", spelled)]
-        return dict(name=name, buffers=buffers, params=params, params_comma=", " + params, total=" + ".join(base) or "0", unused=unused)
+        return dict(
+            name=name,
+            buffers=buffers,
+            params=params,
+            params_comma=", " + params,
+            total=" + ".join(base) or "0",
+            unused=unused,
+        )
 
     def inputs(self) -> list[dict[str, Any]]:
         """The step's integer inputs, widest first so that each is aligned."""
-        sizes = {"T": "shape.tokens", "L": "shape.rows", "R": "shape.requests", "M": "shape.blocks", "R1": "(shape.requests + 1)"}
+        sizes = {
+            "T": "shape.tokens",
+            "L": "shape.rows",
+            "R": "shape.requests",
+            "M": "shape.blocks",
+            "R1": "(shape.requests + 1)",
+        }
         fields: list[dict[str, Any]] = []
         for value in self.graph.inputs:
             if value.type.dtype in INPUT_TYPES and value.name not in ("lens", "starts"):
                 count = " * ".join(sizes[str(d)] for d in value.type.shape)
                 width = DTYPES[value.type.dtype].bytes
-                fields.append(dict(name=value.name, type=INPUT_TYPES[value.type.dtype], shape=cpp.type_comment(value.type), bytes=f"size_t{{{width}}} * {count}", width=width))
+                fields.append(
+                    dict(
+                        name=value.name,
+                        type=INPUT_TYPES[value.type.dtype],
+                        shape=cpp.type_comment(value.type),
+                        bytes=f"size_t{{{width}}} * {count}",
+                        width=width,
+                    )
+                )
         return sorted(fields, key=lambda f: -f["width"])
 
     def context(self, generated: str, summary: str) -> dict[str, Any]:
@@ -371,7 +457,13 @@ class Emitter:
 def render(context: Mapping[str, Any]) -> dict[str, str]:
     """The emitted files' texts by name."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
     form = "paged" if context["paged"] else "contiguous"
     context = {**context, "kv_inputs": environment.get_template(f"_inputs_{form}.j2").render(context)}
     files = ("qwen3.cpp", "qwen3_impl.hpp", "qwen3_weight.hpp", "qwen3.py", "CMakeLists.txt")
@@ -383,7 +475,12 @@ def constants(facts: ModelFacts, target: Target) -> list[dict[str, str]]:
     """The model's constants as the top of qwen3.cpp shows them."""
     rows = [
         ("infiniDevice_t", "DEVICE", f"static_cast<infiniDevice_t>({target.device})", target.name),
-        ("infiniDtype_t", "DT", f"INFINI_DTYPE_{DTYPES[facts.dtype].infini}", "of weights, activations, caches and logits"),
+        (
+            "infiniDtype_t",
+            "DT",
+            f"INFINI_DTYPE_{DTYPES[facts.dtype].infini}",
+            "of weights, activations, caches and logits",
+        ),
         ("uint32_t", "NLAYER", str(facts.nlayer), "layers"),
         ("uint32_t", "D", str(facts.d), "hidden size"),
         ("uint32_t", "NH", str(facts.nh), "query heads"),

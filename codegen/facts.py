@@ -55,12 +55,16 @@ def model_facts(graph: Graph, *, max_context: int, eos_token_ids: tuple[int, ...
     attentions = [n for n in graph.nodes if n.op == "attention_cached"]
     shapes = {(graph.type(n.inputs[0]).shape[1:], graph.type(n.inputs[1]).shape[1:]) for n in attentions}
     if len(shapes) != 1:
-        raise UnsupportedError(f"{graph.name}: layers with different heads: {sorted(map(str, shapes))}; Qwen3Meta has one nh, nkvh and dh")
+        raise UnsupportedError(
+            f"{graph.name}: layers with different heads: {sorted(map(str, shapes))}; Qwen3Meta has one nh, nkvh and dh"
+        )
     (nh, dh), (nkvh, _) = next(iter(shapes))
     table = graph.constants["input_embd"].value.type
     downs = {graph.type(c).shape[1] for c in graph.constants if c.startswith("ffn_down.")}
     if len(downs) != 1:
-        raise UnsupportedError(f"{graph.name}: layers with different intermediate sizes {sorted(map(str, downs))}; Qwen3Meta has one di")
+        raise UnsupportedError(
+            f"{graph.name}: layers with different intermediate sizes {sorted(map(str, downs))}; Qwen3Meta has one di"
+        )
     ropes = [n for n in graph.nodes if n.op in ("norm_rope", "rope")]
     inv_freq = constants.load(graph.constants["inv_freq"].data, None).astype(np.float32)
     epsilons = {float(np.float32(n.attrs["epsilon"])) for n in graph.nodes if "epsilon" in n.attrs}
@@ -69,7 +73,9 @@ def model_facts(graph: Graph, *, max_context: int, eos_token_ids: tuple[int, ...
         raise UnsupportedError(f"{graph.name}: an attention's scale is not finite")
     missing = [f"attn_{x}_norm.0" for x in "qk" if f"attn_{x}_norm.0" not in graph.constants]
     if missing:
-        raise UnsupportedError(f"{graph.name}: there is no {missing[0]}: models without per-head norms are not compiled yet")
+        raise UnsupportedError(
+            f"{graph.name}: there is no {missing[0]}: models without per-head norms are not compiled yet"
+        )
     return ModelFacts(
         dtype=next(n.outputs[0].type.dtype for n in graph.nodes if n.op == "embedding"),
         nlayer=len(attentions),

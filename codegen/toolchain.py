@@ -31,7 +31,11 @@ def compiler() -> str:
         found = shutil.which(name)
         if found:
             return found
-    raise BuildError(f"no C++ compiler: {wanted} (from CXX) was not found" if wanted else "no C++ compiler: install g++ (11 or newer), or name one in CXX")
+    raise BuildError(
+        f"no C++ compiler: {wanted} (from CXX) was not found"
+        if wanted
+        else "no C++ compiler: install g++ (11 or newer), or name one in CXX"
+    )
 
 
 def compile_engine(sources: Path, infini_root: Path, *, sanitize: str = "") -> Path:
@@ -67,7 +71,11 @@ def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if done.returncode == 0:
         return
-    lines = [line for line in done.stdout.splitlines() if "error:" in line.lower()] or done.stdout.splitlines()[-1:] or ["no output"]
+    lines = (
+        [line for line in done.stdout.splitlines() if "error:" in line.lower()]
+        or done.stdout.splitlines()[-1:]
+        or ["no output"]
+    )
     if os.environ.get("QWEN3_VERBOSE"):
         print(done.stdout, file=sys.stderr)
     raise BuildError(f"{what} failed: {lines[0].strip()} (all of it with QWEN3_VERBOSE=1)")

@@ -349,9 +349,9 @@ def _encode(text: str, folders: Sequence[Path | None]) -> list[int]:
 def spread_tokens(count: int, vocabulary: int, seed: int) -> list[int]:
     """Random ids, one from each of ``count`` equal parts of the vocabulary, shuffled."""
     rng = np.random.default_rng(seed)
-    edges = np.arange(count) * vocabulary / count
-    ids = np.minimum(edges + rng.random(count) * vocabulary / count, vocabulary - 1).astype(np.int64)
-    return rng.permutation(ids).tolist()
+    starts = np.arange(count) * vocabulary // count
+    ends = np.maximum((np.arange(count) + 1) * vocabulary // count, starts + 1)
+    return rng.permutation(rng.integers(starts, ends)).tolist()
 
 
 # --- the two sides --------------------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,9 @@ def run_node(node: Node, env: dict[str, np.ndarray], symbols: Mapping[str, int],
     context = Context(types, symbols, float64)
     outputs = results(definition.reference(arguments, with_defaults(node.op, node.attrs), context))
     if len(outputs) < len(node.outputs):
-        raise GraphError(f"{node.op} {node.output}: the reference gives {len(outputs)} results, the graph wants {len(node.outputs)}")
+        raise GraphError(
+            f"{node.op} {node.output}: the reference gives {len(outputs)} results, the graph wants {len(node.outputs)}"
+        )
     for value, type_, array in zip(node.outputs, types, outputs):
         if not value.name:
             continue
@@ -94,7 +96,9 @@ def bind_inputs(graph: Graph, inputs: Mapping[str, np.ndarray], symbols: dict[st
             if isinstance(dim, Sym) and len(dim.names) == 1:
                 name = dim.names[0]
                 if size % dim.coef or symbols.setdefault(name, size // dim.coef) * dim.coef != size:
-                    raise GraphError(f"{graph.name}: input {value.name} has shape {list(shape)}, expected {value.type} with {name}={symbols[name]}")
+                    raise GraphError(
+                        f"{graph.name}: input {value.name} has shape {list(shape)}, expected {value.type} with {name}={symbols[name]}"
+                    )
             elif isinstance(dim, int) and dim != size:
                 raise GraphError(f"{graph.name}: input {value.name} has shape {list(shape)}, expected {value.type}")
     return symbols

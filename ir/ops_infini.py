@@ -14,8 +14,20 @@ from typing import Any
 import numpy as np
 
 from ir.errors import GraphError
-from ir.ops_model import _infer_add_rms_norm, _infer_binary, _infer_embedding, _infer_gather_rows, _infer_reshape, _infer_rms_norm, _infer_unary
-from ir.ops_model import attend, reshape, rms_normalise, rotate, silu_of
+from ir.ops_model import (
+    _infer_add_rms_norm,
+    _infer_binary,
+    _infer_embedding,
+    _infer_gather_rows,
+    _infer_reshape,
+    _infer_rms_norm,
+    _infer_unary,
+    attend,
+    reshape,
+    rms_normalise,
+    rotate,
+    silu_of,
+)
 from ir.optable import op, with_defaults
 from ir.types import DTYPES, Dim, TensorType, bind, sym
 
@@ -50,13 +62,27 @@ def _infer_slice(types, attrs):
     return [x.with_shape(*x.shape[:axis], attrs["size"], *x.shape[axis + 1 :])]
 
 
-@op("view.slice", INFINI, "x", "size elements from start of one axis", infer=_infer_slice, attrs={"axis": ..., "start": ..., "size": ...})
+@op(
+    "view.slice",
+    INFINI,
+    "x",
+    "size elements from start of one axis",
+    infer=_infer_slice,
+    attrs={"axis": ..., "start": ..., "size": ...},
+)
 def view_slice(inputs, attrs, context):
     start, size = bind(attrs["start"], context.symbols), bind(attrs["size"], context.symbols)
     return np.take(inputs[0], range(start, start + size), axis=attrs["axis"])
 
 
-op("view.reshape", INFINI, "x", "another shape of the same contiguous elements", infer=_infer_reshape, attrs={"shape": ...})(reshape)
+op(
+    "view.reshape",
+    INFINI,
+    "x",
+    "another shape of the same contiguous elements",
+    infer=_infer_reshape,
+    attrs={"shape": ...},
+)(reshape)
 
 
 def _infer_permute(types, attrs):
@@ -81,7 +107,14 @@ def _infer_join(types, attrs):
     return [first.with_shape(*first.shape[:axis], total, *first.shape[axis + 1 :])]
 
 
-@op("view.join", INFINI, "parts*", "results of calls that are laid side by side, so that one call can read them", infer=_infer_join, attrs={"axis": ...})
+@op(
+    "view.join",
+    INFINI,
+    "parts*",
+    "results of calls that are laid side by side, so that one call can read them",
+    infer=_infer_join,
+    attrs={"axis": ...},
+)
 def view_join(inputs, attrs, context):
     return np.concatenate(inputs, axis=attrs["axis"])
 
@@ -118,32 +151,73 @@ def _lookup_rows(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[ids]
 
 
-@op("infini.embedding", INFINI, "ids table", "rows of a contiguous table by index", infer=_infer_embedding, attrs={"dtype": ""})
+@op(
+    "infini.embedding",
+    INFINI,
+    "ids table",
+    "rows of a contiguous table by index",
+    infer=_infer_embedding,
+    attrs={"dtype": ""},
+)
 def embedding(inputs, attrs, context):
     return _lookup_rows(*inputs)
 
 
-@op("infini.copy_rows", INFINI, "ids table", "the same with one device copy per row: for InfiniCore without embedding", infer=_infer_embedding, attrs={"dtype": ""})
+@op(
+    "infini.copy_rows",
+    INFINI,
+    "ids table",
+    "the same with one device copy per row: for InfiniCore without embedding",
+    infer=_infer_embedding,
+    attrs={"dtype": ""},
+)
 def copy_rows(inputs, attrs, context):
     return _lookup_rows(*inputs)
 
 
-@op("infini.gather_rows", INFINI, "x rows", "chosen rows of the activations, by the embedding op", infer=_infer_gather_rows)
+@op(
+    "infini.gather_rows",
+    INFINI,
+    "x rows",
+    "chosen rows of the activations, by the embedding op",
+    infer=_infer_gather_rows,
+)
 def gather_rows(inputs, attrs, context):
     return _lookup_rows(inputs[1], inputs[0])
 
 
-@op("infini.copy_chosen_rows", INFINI, "x rows", "chosen rows of the activations, one device copy each", infer=_infer_gather_rows)
+@op(
+    "infini.copy_chosen_rows",
+    INFINI,
+    "x rows",
+    "chosen rows of the activations, one device copy each",
+    infer=_infer_gather_rows,
+)
 def copy_chosen_rows(inputs, attrs, context):
     return _lookup_rows(inputs[1], inputs[0])
 
 
-@op("infini.rms_norm", INFINI, "x w", "rms_norm over the last axis, 2-D or 3-D", infer=_infer_rms_norm, attrs={"epsilon": ...})
+@op(
+    "infini.rms_norm",
+    INFINI,
+    "x w",
+    "rms_norm over the last axis, 2-D or 3-D",
+    infer=_infer_rms_norm,
+    attrs={"epsilon": ...},
+)
 def rms_norm(inputs, attrs, context):
     return rms_normalise(inputs[0], inputs[1], attrs["epsilon"])
 
 
-@op("infini.add_rms_norm", INFINI, "a b w", "(norm of a + b, a + b)", infer=_infer_add_rms_norm, attrs={"epsilon": ...}, results=2)
+@op(
+    "infini.add_rms_norm",
+    INFINI,
+    "a b w",
+    "(norm of a + b, a + b)",
+    infer=_infer_add_rms_norm,
+    attrs={"epsilon": ...},
+    results=2,
+)
 def add_rms_norm(inputs, attrs, context):
     total = inputs[0] + inputs[1]
     return rms_normalise(total, inputs[2], attrs["epsilon"]), total
@@ -176,7 +250,14 @@ def _infer_gemm(types, attrs):
     return [a.with_shape(*a.shape[:-1], b.shape[-1])]
 
 
-@op("infini.gemm", INFINI, "a b", "alpha * a @ b; alpha is scale (a Meta field) times the attribute", infer=_infer_gemm, attrs={"alpha": 1.0, "scale": ""})
+@op(
+    "infini.gemm",
+    INFINI,
+    "a b",
+    "alpha * a @ b; alpha is scale (a Meta field) times the attribute",
+    infer=_infer_gemm,
+    attrs={"alpha": 1.0, "scale": ""},
+)
 def gemm(inputs, attrs, context):
     a, b = inputs
     return (a @ b.astype(a.dtype, copy=False)) * a.dtype.type(attrs["alpha"])
@@ -184,13 +265,26 @@ def gemm(inputs, attrs, context):
 
 def _infer_rope(types, attrs):
     x, positions, sin, cos = types
-    _need(x.rank == 3 and positions.shape == x.shape[:1], f"infini.rope takes x [T, heads, D] and positions [T], not {x} and {positions}")
+    _need(
+        x.rank == 3 and positions.shape == x.shape[:1],
+        f"infini.rope takes x [T, heads, D] and positions [T], not {x} and {positions}",
+    )
     half = x.shape[2] // 2 if isinstance(x.shape[2], int) else None
-    _need(sin == cos and sin.rank == 2 and sin.shape[1] == half and sin.dtype == x.dtype, f"infini.rope: x is {x}, tables are {sin} and {cos}")
+    _need(
+        sin == cos and sin.rank == 2 and sin.shape[1] == half and sin.dtype == x.dtype,
+        f"infini.rope: x is {x}, tables are {sin} and {cos}",
+    )
     return [x]
 
 
-@op("infini.rope", INFINI, "x positions sin cos", "rotary embedding from tables", infer=_infer_rope, attrs={"interleaved": False})
+@op(
+    "infini.rope",
+    INFINI,
+    "x positions sin cos",
+    "rotary embedding from tables",
+    infer=_infer_rope,
+    attrs={"interleaved": False},
+)
 def rope(inputs, attrs, context):
     x, positions, sin, cos = inputs
     d = x.shape[-1] // 2
@@ -207,7 +301,13 @@ def _infer_causal_softmax(types, attrs):
     return [types[0]]
 
 
-@op("infini.causal_softmax", INFINI, "x", "softmax over the last axis, the mask aligned lower-right", infer=_infer_causal_softmax)
+@op(
+    "infini.causal_softmax",
+    INFINI,
+    "x",
+    "softmax over the last axis, the mask aligned lower-right",
+    infer=_infer_causal_softmax,
+)
 def causal_softmax(inputs, attrs, context):
     x = inputs[0]
     rows, cols = x.shape[-2:]
@@ -232,7 +332,14 @@ def _infer_into(types, attrs):
     return [into]
 
 
-@op("infini.rearrange_into", INFINI, "into x", "a copy of x into the slice of another tensor from start of axis", infer=_infer_into, attrs={"axis": ..., "start": ...})
+@op(
+    "infini.rearrange_into",
+    INFINI,
+    "into x",
+    "a copy of x into the slice of another tensor from start of axis",
+    infer=_infer_into,
+    attrs={"axis": ..., "start": ...},
+)
 def rearrange_into(inputs, attrs, context):
     into, x = inputs
     start = bind(attrs["start"], context.symbols)
@@ -248,12 +355,21 @@ def rearrange_into(inputs, attrs, context):
 
 def _infer_paged_caching(types, attrs):
     k_cache, v_cache, k, v, slots = types
-    _need(k_cache == v_cache and k_cache.rank == 4 and k == v, f"paged_caching: caches {k_cache}, {v_cache}, k {k}, v {v}")
+    _need(
+        k_cache == v_cache and k_cache.rank == 4 and k == v, f"paged_caching: caches {k_cache}, {v_cache}, k {k}, v {v}"
+    )
     _need(slots.dtype == "i64" and slots.shape == k.shape[:1], f"paged_caching: slots are {slots}, k is {k}")
     return [k_cache, v_cache]
 
 
-@op("infini.paged_caching", INFINI, "k_cache v_cache k v slots", "k and v [T, G, D] into their slots; a negative slot is skipped", infer=_infer_paged_caching, results=2)
+@op(
+    "infini.paged_caching",
+    INFINI,
+    "k_cache v_cache k v slots",
+    "k and v [T, G, D] into their slots; a negative slot is skipped",
+    infer=_infer_paged_caching,
+    results=2,
+)
 def paged_caching(inputs, attrs, context):
     k_cache, v_cache, k, v, slots = inputs
     k_cache, v_cache = k_cache.copy(), v_cache.copy()
@@ -267,8 +383,14 @@ def paged_caching(inputs, attrs, context):
 
 def _infer_paged_attention(types, attrs):
     q, k_cache, v_cache, tables, seq_lens, cu_lens = types
-    _need(q.rank == 3 and k_cache == v_cache and q.dtype == k_cache.dtype, f"paged_attention: q {q}, caches {k_cache}, {v_cache}")
-    _need(tables.dtype == seq_lens.dtype == cu_lens.dtype, f"paged_attention: index dtypes {tables.dtype}, {seq_lens.dtype}, {cu_lens.dtype}")
+    _need(
+        q.rank == 3 and k_cache == v_cache and q.dtype == k_cache.dtype,
+        f"paged_attention: q {q}, caches {k_cache}, {v_cache}",
+    )
+    _need(
+        tables.dtype == seq_lens.dtype == cu_lens.dtype,
+        f"paged_attention: index dtypes {tables.dtype}, {seq_lens.dtype}, {cu_lens.dtype}",
+    )
     _need(tables.shape[:1] == seq_lens.shape, f"paged_attention: tables {tables}, lengths {seq_lens}")
     return [q]
 
@@ -288,8 +410,18 @@ def paged_attention_ragged(inputs, attrs, context):
     for r, total in enumerate(seq_lens.tolist()):
         lo, hi = int(cu_lens[r]), int(cu_lens[r + 1])
         blocks = tables[r, : -(-total // block)]
-        k = k_cache[blocks].transpose(1, 0, 2, 3).reshape(k_cache.shape[1], -1, k_cache.shape[3])[:, :total].astype(q.dtype)
-        v = v_cache[blocks].transpose(1, 0, 2, 3).reshape(v_cache.shape[1], -1, v_cache.shape[3])[:, :total].astype(q.dtype)
+        k = (
+            k_cache[blocks]
+            .transpose(1, 0, 2, 3)
+            .reshape(k_cache.shape[1], -1, k_cache.shape[3])[:, :total]
+            .astype(q.dtype)
+        )
+        v = (
+            v_cache[blocks]
+            .transpose(1, 0, 2, 3)
+            .reshape(v_cache.shape[1], -1, v_cache.shape[3])[:, :total]
+            .astype(q.dtype)
+        )
         visible = np.arange(total)[None, :] <= np.arange(hi - lo)[:, None] + (total - (hi - lo))
         out[lo:hi] = attend(q[lo:hi].transpose(1, 0, 2), k, v, attrs["scale"], visible).transpose(1, 0, 2)
     return out
@@ -330,9 +462,16 @@ def loop_requests(inputs, attrs, context):
 
 
 def _infer_layers(types, attrs):
-    body, count, carried, per_layer, collected = (attrs[k] for k in ("body", "count", "carried", "per_layer", "collected"))
-    _need(len(types) == carried + per_layer * count + len(body.inputs) - carried - per_layer, "loop.layers: operands do not fit the body's inputs")
-    return [body.type(o) for o in body.outputs[:carried]] + [body.type(o) for o in body.outputs[carried:] for _ in range(count)]
+    body, count, carried, per_layer, collected = (
+        attrs[k] for k in ("body", "count", "carried", "per_layer", "collected")
+    )
+    _need(
+        len(types) == carried + per_layer * count + len(body.inputs) - carried - per_layer,
+        "loop.layers: operands do not fit the body's inputs",
+    )
+    return [body.type(o) for o in body.outputs[:carried]] + [
+        body.type(o) for o in body.outputs[carried:] for _ in range(count)
+    ]
 
 
 @op(

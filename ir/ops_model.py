@@ -30,21 +30,36 @@ def _is_float(t: TensorType) -> bool:
 
 def _infer_embedding(types, attrs):
     ids, table = types
-    _need(ids.dtype in ("i32", "i64") and table.rank == 2, f"embedding takes i32/i64 ids and a 2-D table, not {ids} and {table}")
+    _need(
+        ids.dtype in ("i32", "i64") and table.rank == 2,
+        f"embedding takes i32/i64 ids and a 2-D table, not {ids} and {table}",
+    )
     return [TensorType(attrs["dtype"] or table.dtype, ids.shape + table.shape[1:])]
 
 
-@op("embedding", BOTH, "ids table", "rows of table [V, K] by index; dtype converts the rows", infer=_infer_embedding, attrs={"dtype": ""})
+@op(
+    "embedding",
+    BOTH,
+    "ids table",
+    "rows of table [V, K] by index; dtype converts the rows",
+    infer=_infer_embedding,
+    attrs={"dtype": ""},
+)
 def embedding(inputs, attrs, context):
     ids, table = inputs
     if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
-        raise GraphError(f"embedding: index {int(ids.min()) if ids.min() < 0 else int(ids.max())} is outside 0..{table.shape[0] - 1}")
+        raise GraphError(
+            f"embedding: index {int(ids.min()) if ids.min() < 0 else int(ids.max())} is outside 0..{table.shape[0] - 1}"
+        )
     return table[ids]
 
 
 def _infer_linear(types, attrs):
     x, w, bias = (*types, None)[:3]
-    _need(_is_float(x) and _is_float(w) and w.rank == 2 and x.rank >= 1, f"linear takes x [.., in] and w [out, in], not {x} and {w}")
+    _need(
+        _is_float(x) and _is_float(w) and w.rank == 2 and x.rank >= 1,
+        f"linear takes x [.., in] and w [out, in], not {x} and {w}",
+    )
     _need(x.shape[-1] == w.shape[1], f"linear: x has {x.shape[-1]} features, w takes {w.shape[1]}")
     _need(bias is None or bias.shape == (w.shape[0],), f"linear: bias is {bias}, w has {w.shape[0]} rows")
     return [x.with_shape(*x.shape[:-1], w.shape[0])]
@@ -68,7 +83,14 @@ def rms_normalise(x: np.ndarray, w: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(epsilon)) * w.astype(x.dtype, copy=False)
 
 
-@op("rms_norm", BOTH, "x w", "root-mean-square norm over the last axis, times w", infer=_infer_rms_norm, attrs={"epsilon": ...})
+@op(
+    "rms_norm",
+    BOTH,
+    "x w",
+    "root-mean-square norm over the last axis, times w",
+    infer=_infer_rms_norm,
+    attrs={"epsilon": ...},
+)
 def rms_norm(inputs, attrs, context):
     return rms_normalise(inputs[0], inputs[1], attrs["epsilon"])
 
@@ -112,22 +134,43 @@ def scale(inputs, attrs, context):
 
 def _infer_reshape(types, attrs):
     shape = tuple(attrs["shape"])
-    _need(dim_product(types[0].shape) == dim_product(shape), f"reshape of {types[0]} to [{', '.join(map(str, shape))}] changes the number of elements")
+    _need(
+        dim_product(types[0].shape) == dim_product(shape),
+        f"reshape of {types[0]} to [{', '.join(map(str, shape))}] changes the number of elements",
+    )
     return [types[0].with_shape(*shape)]
 
 
-@op("reshape", BOTH, "x", "the same elements in row-major order under another shape", infer=_infer_reshape, attrs={"shape": ...})
+@op(
+    "reshape",
+    BOTH,
+    "x",
+    "the same elements in row-major order under another shape",
+    infer=_infer_reshape,
+    attrs={"shape": ...},
+)
 def reshape(inputs, attrs, context):
     return inputs[0].reshape(context.types[0].shape)
 
 
 def _infer_split(types, attrs):
     x, axis, sizes = types[0], attrs["axis"], attrs["sizes"]
-    _need(0 <= axis < x.rank and x.shape[axis] == sum(sizes), f"split of {x} on axis {axis} into {list(sizes)}: the sizes do not add up")
+    _need(
+        0 <= axis < x.rank and x.shape[axis] == sum(sizes),
+        f"split of {x} on axis {axis} into {list(sizes)}: the sizes do not add up",
+    )
     return [x.with_shape(*x.shape[:axis], s, *x.shape[axis + 1 :]) for s in sizes]
 
 
-@op("split", BOTH, "x", "consecutive slices of one axis", infer=_infer_split, attrs={"axis": ..., "sizes": ...}, results=None)
+@op(
+    "split",
+    BOTH,
+    "x",
+    "consecutive slices of one axis",
+    infer=_infer_split,
+    attrs={"axis": ..., "sizes": ...},
+    results=None,
+)
 def split(inputs, attrs, context):
     return np.split(inputs[0], np.cumsum(attrs["sizes"])[:-1], axis=attrs["axis"])
 
@@ -135,7 +178,9 @@ def split(inputs, attrs, context):
 # --- rope -----------------------------------------------------------------------------------------------------------------------------------------
 
 
-def rotate(x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray, attention_factor: float, interleaved: bool) -> np.ndarray:
+def rotate(
+    x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray, attention_factor: float, interleaved: bool
+) -> np.ndarray:
     """Rotary embedding of x [..., heads, D] at positions [...] (Su et al., 2021; half-split pairs unless interleaved).
 
     Outside float64, angles are float32 products of position and float32 frequency, as in Hugging Face's models: at position 40000 a table computed
@@ -158,9 +203,15 @@ ROPE_ATTRS = {"attention_factor": 1.0, "interleaved": False}
 
 def _check_rope(x: TensorType, positions: TensorType, inv_freq: TensorType) -> None:
     _need(x.rank >= 2 and _is_float(x), f"rope takes x [.., heads, head_dim], not {x}")
-    _need(positions.shape == x.shape[:-2] and positions.dtype in ("i32", "i64"), f"rope: positions are {positions}, x is {x}")
+    _need(
+        positions.shape == x.shape[:-2] and positions.dtype in ("i32", "i64"),
+        f"rope: positions are {positions}, x is {x}",
+    )
     d = x.shape[-1]
-    _need(isinstance(d, int) and inv_freq.shape == (d // 2,) and d % 2 == 0, f"rope: head_dim is {d}, inv_freq is {inv_freq}")
+    _need(
+        isinstance(d, int) and inv_freq.shape == (d // 2,) and d % 2 == 0,
+        f"rope: head_dim is {d}, inv_freq is {inv_freq}",
+    )
 
 
 def _infer_rope(types, attrs):
@@ -168,7 +219,14 @@ def _infer_rope(types, attrs):
     return [types[0]]
 
 
-@op("rope", BOTH, "x positions inv_freq", "rotary position embedding of x [.., heads, D]", infer=_infer_rope, attrs=ROPE_ATTRS)
+@op(
+    "rope",
+    BOTH,
+    "x positions inv_freq",
+    "rotary position embedding of x [.., heads, D]",
+    infer=_infer_rope,
+    attrs=ROPE_ATTRS,
+)
 def rope(inputs, attrs, context):
     x, positions, inv_freq = inputs
     return rotate(x, positions, inv_freq, attrs["attention_factor"], attrs["interleaved"])
@@ -181,10 +239,19 @@ def _infer_norm_rope(types, attrs):
     return [x]
 
 
-@op("norm_rope", FUSED, "x w positions inv_freq", "per-head rms_norm, then rope", infer=_infer_norm_rope, attrs={"epsilon": ..., **ROPE_ATTRS})
+@op(
+    "norm_rope",
+    FUSED,
+    "x w positions inv_freq",
+    "per-head rms_norm, then rope",
+    infer=_infer_norm_rope,
+    attrs={"epsilon": ..., **ROPE_ATTRS},
+)
 def norm_rope(inputs, attrs, context):
     x, w, positions, inv_freq = inputs
-    return rotate(rms_normalise(x, w, attrs["epsilon"]), positions, inv_freq, attrs["attention_factor"], attrs["interleaved"])
+    return rotate(
+        rms_normalise(x, w, attrs["epsilon"]), positions, inv_freq, attrs["attention_factor"], attrs["interleaved"]
+    )
 
 
 # --- attention ------------------------------------------------------------------------------------------------------------------------------------
@@ -205,17 +272,25 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale_: float, visible: 
 
 def _infer_attention(types, attrs):
     q, k, v, past_k, past_v, mask = (*types, None, None, None)[:6]
-    _need(q.rank == 4 and k.rank == 4 and k == v, f"attention takes q [B, S, H, D], k and v [B, S, G, D], not {q}, {k}, {v}")
+    _need(
+        q.rank == 4 and k.rank == 4 and k == v,
+        f"attention takes q [B, S, H, D], k and v [B, S, G, D], not {q}, {k}, {v}",
+    )
     batch, seq, heads, dim = q.shape
     groups = k.shape[2]
     _need(k.shape == (batch, seq, groups, dim), f"attention: q is {q}, k is {k}")
-    _need(isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0, f"attention: {heads} heads are not a multiple of {groups} kv heads")
+    _need(
+        isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0,
+        f"attention: {heads} heads are not a multiple of {groups} kv heads",
+    )
     _need((past_k is None) == (past_v is None), "attention: past_k and past_v come together")
     if past_k is None:
         total: Dim = seq
     else:
         _need(past_k == past_v and past_k.rank == 4, f"attention: past_k is {past_k}, past_v is {past_v}")
-        _need(past_k.shape[:2] == (batch, groups) and past_k.shape[3] == dim, f"attention: past_k is {past_k}, k is {k}")
+        _need(
+            past_k.shape[:2] == (batch, groups) and past_k.shape[3] == dim, f"attention: past_k is {past_k}, k is {k}"
+        )
         total = attrs["total"]
         _need(isinstance(total, Sym), "attention with a past names the total length: attribute total")
     if mask is not None:
@@ -250,15 +325,24 @@ def attention(inputs, attrs, context):
 
 def _infer_cached(types, attrs):
     q, k, v, k_cache, v_cache, lens, starts = types
-    _need(q.rank == 3 and k.rank == 3 and k == v, f"attention_cached takes q [T, H, D], k and v [T, G, D], not {q}, {k}, {v}")
+    _need(
+        q.rank == 3 and k.rank == 3 and k == v,
+        f"attention_cached takes q [T, H, D], k and v [T, G, D], not {q}, {k}, {v}",
+    )
     tokens, heads, dim = q.shape
     groups = k.shape[1]
     _need(k.shape == (tokens, groups, dim), f"attention_cached: q is {q}, k is {k}")
-    _need(isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0, f"attention_cached: {heads} heads, {groups} kv heads")
+    _need(
+        isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0,
+        f"attention_cached: {heads} heads, {groups} kv heads",
+    )
     _need(k_cache == v_cache and k_cache.rank == 4, f"attention_cached: caches are {k_cache} and {v_cache}")
     requests = k_cache.shape[0]
     _need(k_cache.shape[1] == groups and k_cache.shape[3] == dim, f"attention_cached: cache is {k_cache}, k is {k}")
-    _need(lens.shape == starts.shape == (requests,), f"attention_cached: lens are {lens}, starts are {starts}, cache is {k_cache}")
+    _need(
+        lens.shape == starts.shape == (requests,),
+        f"attention_cached: lens are {lens}, starts are {starts}, cache is {k_cache}",
+    )
     return [q, k_cache, v_cache]
 
 
@@ -278,11 +362,20 @@ def attention_cached(inputs, attrs, context):
     row = 0
     for r, (n, start) in enumerate(zip(lens.tolist(), starts.tolist())):
         here, there = slice(row, row + n), slice(start, start + n)
-        _need(start >= 0 and start + n <= k_cache.shape[2], f"attention_cached: request {r} ends at {start + n}, its cache holds {k_cache.shape[2]}")
+        _need(
+            start >= 0 and start + n <= k_cache.shape[2],
+            f"attention_cached: request {r} ends at {start + n}, its cache holds {k_cache.shape[2]}",
+        )
         k_cache[r, :, there] = k[here].transpose(1, 0, 2)
         v_cache[r, :, there] = v[here].transpose(1, 0, 2)
         visible = np.arange(start + n)[None, :] <= np.arange(n)[:, None] + start
-        one = attend(q[here].transpose(1, 0, 2), k_cache[r, :, : start + n].astype(q.dtype), v_cache[r, :, : start + n].astype(q.dtype), attrs["scale"], visible)
+        one = attend(
+            q[here].transpose(1, 0, 2),
+            k_cache[r, :, : start + n].astype(q.dtype),
+            v_cache[r, :, : start + n].astype(q.dtype),
+            attrs["scale"],
+            visible,
+        )
         out[here] = one.transpose(1, 0, 2)
         row += n
     return out, k_cache, v_cache
@@ -321,7 +414,10 @@ def add_rms_norm(inputs, attrs, context):
 
 def _infer_gather_rows(types, attrs):
     x, rows = types
-    _need(x.rank == 2 and rows.rank == 1 and rows.dtype in ("i32", "i64"), f"gather_rows takes x [T, K] and rows [L], not {x} and {rows}")
+    _need(
+        x.rank == 2 and rows.rank == 1 and rows.dtype in ("i32", "i64"),
+        f"gather_rows takes x [T, K] and rows [L], not {x} and {rows}",
+    )
     return [x.with_shape(rows.shape[0], x.shape[1])]
 
 

@@ -73,7 +73,11 @@ def activation_dtype(graph: Graph) -> str:
 
 def short(node: Node, i: int = 0) -> str:
     """A result's name without its layer number: ``q.3`` -> ``q``. Layers become one loop, so their values share names."""
-    return node.outputs[i].name.rsplit(".", 1)[0] if node.outputs[i].name.rsplit(".", 1)[-1].isdigit() else node.outputs[i].name
+    return (
+        node.outputs[i].name.rsplit(".", 1)[0]
+        if node.outputs[i].name.rsplit(".", 1)[-1].isdigit()
+        else node.outputs[i].name
+    )
 
 
 # --- the forms ------------------------------------------------------------------------------------------------------------------------------------
@@ -114,7 +118,9 @@ def _residual_first(low: Lowering, node: Node) -> list[str]:
 
 def _add_rms_norm(low: Lowering, node: Node) -> None:
     hints = [v.name for v in node.outputs]
-    low.put(node, *low.calls("infini.add_rms_norm", _residual_first(low, node), hints, node, epsilon=node.attrs["epsilon"]))
+    low.put(
+        node, *low.calls("infini.add_rms_norm", _residual_first(low, node), hints, node, epsilon=node.attrs["epsilon"])
+    )
 
 
 def _add(low: Lowering, node: Node) -> None:
@@ -137,7 +143,9 @@ def _silu_mul(low: Lowering, node: Node) -> None:
 def _split(low: Lowering, node: Node) -> None:
     start, results = 0, []
     for value, size in zip(node.outputs, node.attrs["sizes"]):
-        results.append(low.call("view.slice", [node.inputs[0]], value.name, node, axis=node.attrs["axis"], start=start, size=size))
+        results.append(
+            low.call("view.slice", [node.inputs[0]], value.name, node, axis=node.attrs["axis"], start=start, size=size)
+        )
         start += size
     low.put(node, *results)
 
@@ -157,7 +165,9 @@ def _norm_rope(low: Lowering, node: Node) -> None:
     pair = [node] + [n for n in _partners(low.graph, node)]
     normed = []
     for n in pair:
-        normed.append(low.call("infini.rms_norm", [n.inputs[0], n.inputs[1]], short(n) + "_norm", n, epsilon=n.attrs["epsilon"]))
+        normed.append(
+            low.call("infini.rms_norm", [n.inputs[0], n.inputs[1]], short(n) + "_norm", n, epsilon=n.attrs["epsilon"])
+        )
     _rotate(low, pair, normed, node.inputs[2], node.inputs[3])
 
 
@@ -221,15 +231,26 @@ def _paged(low: Lowering, node: Node) -> None:
         _input(low, name, type_)
     for name in (k_cache, v_cache):
         _retype_input(low, name, cache)
-    k_new, v_new = low.calls("infini.paged_caching", [k_cache, v_cache, k, v, "slots"], [v.name for v in node.outputs[1:]], node)
+    k_new, v_new = low.calls(
+        "infini.paged_caching", [k_cache, v_cache, k, v, "slots"], [v.name for v in node.outputs[1:]], node
+    )
     attrs = dict(scale=node.attrs["scale"])
-    out = low.call("infini.paged_attention_ragged", [q, k_new, v_new, "block_tables", "seq_lens", "cu_lens"], node.output, node, **attrs)
+    out = low.call(
+        "infini.paged_attention_ragged",
+        [q, k_new, v_new, "block_tables", "seq_lens", "cu_lens"],
+        node.output,
+        node,
+        **attrs,
+    )
     low.put(node, out, k_new, v_new)
 
 
 def _contiguous(low: Lowering, node: Node) -> None:
     q, k, v = (low.type(name) for name in node.inputs[:3])
-    bodies = {name: request_body(name, q, k, node.attrs["scale"], length) for name, length in (("prefill", sym("len")), ("decode", 1))}
+    bodies = {
+        name: request_body(name, q, k, node.attrs["scale"], length)
+        for name, length in (("prefill", sym("len")), ("decode", 1))
+    }
     low.put(node, *low.calls("loop.requests", list(node.inputs), [v.name for v in node.outputs], node, **bodies))
 
 
@@ -295,8 +316,14 @@ def _retype_input(low: Lowering, name: str, type_: TensorType) -> None:
 
 
 FORMS: dict[str, tuple[Form, ...]] = {
-    "embedding": (Form("embedding", ("embedding",), _rows("infini.embedding")), Form("one copy per token", (), _rows("infini.copy_rows"))),
-    "gather_rows": (Form("embedding", ("embedding",), _rows("infini.gather_rows")), Form("one copy per row", (), _rows("infini.copy_chosen_rows"))),
+    "embedding": (
+        Form("embedding", ("embedding",), _rows("infini.embedding")),
+        Form("one copy per token", (), _rows("infini.copy_rows")),
+    ),
+    "gather_rows": (
+        Form("embedding", ("embedding",), _rows("infini.gather_rows")),
+        Form("one copy per row", (), _rows("infini.copy_chosen_rows")),
+    ),
     "linear": (Form("gemm", ("gemm",), _linear),),
     "rms_norm": (Form("rms_norm", ("rms_norm",), _rename_to("infini.rms_norm", "epsilon")),),
     "add": (Form("add", ("add",), _add),),

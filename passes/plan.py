@@ -30,7 +30,10 @@ class Place:
     type: TensorType
 
     def contiguous(self) -> bool:
-        return all(s == want or d == 1 for s, want, d in zip(self.strides, contiguous_strides(self.type.shape), self.type.shape))
+        return all(
+            s == want or d == 1
+            for s, want, d in zip(self.strides, contiguous_strides(self.type.shape), self.type.shape)
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Plan:
 
     places: Mapping[str, Mapping[str, Place]]
     buffers: Mapping[str, Buffer]
-    groups: Mapping[str, Mapping[Dim, int]]  # graph -> unit -> static bytes per unit; a layer's scratch is the main graph's
+    groups: Mapping[
+        str, Mapping[Dim, int]
+    ]  # graph -> unit -> static bytes per unit; a layer's scratch is the main graph's
 
     def place(self, graph: str, value: str) -> Place:
         return self.places[graph][value]
@@ -108,7 +113,9 @@ class _Planner:
     def run(self, graph: Graph) -> None:
         places = self.places.setdefault(self.scope, {})
         for value in graph.inputs:
-            places[value.name] = self.arguments.get(value.name) or self._owned(value.name, value.type, _input_kind(value.name))
+            places[value.name] = self.arguments.get(value.name) or self._owned(
+                value.name, value.type, _input_kind(value.name)
+            )
         for constant in graph.constants.values():
             places[constant.name] = self._owned(constant.name, constant.value.type, "weight")
         targets = {}
@@ -126,7 +133,9 @@ class _Planner:
         """Place the values that a sequence of nodes defines. ``targets`` fixes the place of some."""
         places = self.places[scope]
         last = _last_uses(graph, live_out)
-        joins = {part: (node, i) for node in graph.nodes if node.op == "view.join" for i, part in enumerate(node.inputs)}
+        joins = {
+            part: (node, i) for node in graph.nodes if node.op == "view.join" for i, part in enumerate(node.inputs)
+        }
         base = self.time
         ends = [base + e for e in _extents(graph)]
         for index, node in enumerate(graph.nodes):
@@ -161,7 +170,11 @@ class _Planner:
             others = [places[n].buffer for i, n in enumerate(node.inputs) if n and i != operand]
             mine = place.buffer in self.storages and place.buffer not in others
             wanted = targets.get(value.name)
-            if mine and _free_after(graph, node.inputs[operand], index, places, last) and (wanted is None or wanted.buffer == place.buffer):
+            if (
+                mine
+                and _free_after(graph, node.inputs[operand], index, places, last)
+                and (wanted is None or wanted.buffer == place.buffer)
+            ):
                 self.storages[place.buffer].live.append((now, end))
                 return replace(place, type=value.type)
         if value.name in targets:
@@ -170,7 +183,9 @@ class _Planner:
             self._occupy(place.buffer, now, end, value.name)
             return place
         if value.name in joins:
-            return self._part_of_join(graph, joins[value.name], value, places, now, end)  # a part lives as long as the whole
+            return self._part_of_join(
+                graph, joins[value.name], value, places, now, end
+            )  # a part lives as long as the whole
         return self._scratch(value.name, value.type, now, end)
 
     def _scratch(self, name: str, type_: TensorType, now: int, end: int) -> Place:
@@ -193,7 +208,9 @@ class _Planner:
             return
         # now itself is taken: a call must not write over what it reads unless InfiniCore allows it
         if any(a <= end and now <= b for a, b in storage.live):
-            raise GraphError(f"{name} must stay in {buffer} from run to run, but that is still read when {name} is written")
+            raise GraphError(
+                f"{name} must stay in {buffer} from run to run, but that is still read when {name} is written"
+            )
         storage.live.append((now, end))
 
     def _part_of_join(self, graph, join: tuple[Node, int], value, places, now: int, until: int) -> Place:
@@ -225,7 +242,9 @@ class _Planner:
             return Place(place.buffer, place.offset + offset, place.strides, type_)
         strides = reshape_strides(place.type.shape, place.strides, type_.shape)
         if strides is None:
-            raise GraphError(f"{node.output}: {place.type} with strides [{', '.join(map(str, place.strides))}] cannot be seen as {type_} without a copy")
+            raise GraphError(
+                f"{node.output}: {place.type} with strides [{', '.join(map(str, place.strides))}] cannot be seen as {type_} without a copy"
+            )
         return Place(place.buffer, place.offset, strides, type_)
 
     def _layers(self, graph: Graph, loop: Node, scope: str, last, ends) -> None:
@@ -255,7 +274,9 @@ class _Planner:
         for i in range(carried):
             made, kept = inner[body.outputs[i]], inner[body.inputs[i].name]
             if made.buffer != kept.buffer or made.strides != kept.strides:
-                raise GraphError(f"{body.name}: carried value {body.outputs[i]} lies in {made.buffer}, its next run reads {kept.buffer}")
+                raise GraphError(
+                    f"{body.name}: carried value {body.outputs[i]} lies in {made.buffer}, its next run reads {kept.buffer}"
+                )
         self.time = end
         for i, value in enumerate(loop.outputs):
             inside = body.outputs[i] if i < carried else body.outputs[carried + (i - carried) // count]
@@ -308,7 +329,9 @@ class _Planner:
         return Plan(self.places, buffers, {**self.groups, self.scope: groups})
 
 
-def reshape_strides(shape: tuple[Dim, ...], strides: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
+def reshape_strides(
+    shape: tuple[Dim, ...], strides: tuple[Dim, ...], wanted: tuple[Dim, ...]
+) -> tuple[Dim, ...] | None:
     """Strides that show the same elements, in the same order, under another shape; None where that needs a copy."""
     runs: list[tuple[list[Dim], Dim]] = []  # maximal groups of axes that lie densely, with the innermost stride
     for d, s in zip(shape, strides):
@@ -349,7 +372,11 @@ def _input_kind(name: str) -> str:
 
 def _root(graph: Graph, value: str) -> str:
     """The call's result (or input) that a value is a view of."""
-    while value in graph.producers and graph.producers[value].op.startswith("view.") and graph.producers[value].op != "view.join":
+    while (
+        value in graph.producers
+        and graph.producers[value].op.startswith("view.")
+        and graph.producers[value].op != "view.join"
+    ):
         value = graph.producers[value].inputs[0]
     return value
 

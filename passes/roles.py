@@ -37,7 +37,9 @@ def assign_roles(graph: Graph) -> tuple[Graph, int]:
     name(head.inputs[1], "output_embd")
     final = _source(graph, head.inputs[0])
     if final.op not in ("rms_norm", "add_rms_norm"):
-        raise UnsupportedError(f"{graph.name}: {final.op} {final.output} feeds the last linear; a norm does in a dense decoder")
+        raise UnsupportedError(
+            f"{graph.name}: {final.op} {final.output} feeds the last linear; a norm does in a dense decoder"
+        )
     name(final.inputs[-1], "output_norm")
     unnamed = [c for c in graph.constants if c not in names]
     if unnamed:
@@ -53,7 +55,9 @@ def _attention_roles(graph: Graph, attention: Node, i: int, name) -> None:
             name(normed.inputs[1], f"{role}.{i}")
     packed = _source(graph, attention.inputs[2])
     if packed.op != "linear":
-        raise UnsupportedError(f"{graph.name}: {packed.op} {packed.output} makes the values of layer {i}; a merged linear does in a dense decoder")
+        raise UnsupportedError(
+            f"{graph.name}: {packed.op} {packed.output} makes the values of layer {i}; a merged linear does in a dense decoder"
+        )
     name(packed.inputs[1], f"attn_qkv.{i}")
     if len(packed.inputs) > 2 and packed.inputs[2]:
         name(packed.inputs[2], f"attn_qkv_b.{i}")
@@ -85,7 +89,9 @@ def _source(graph: Graph, value: str) -> Node:
 def _producer(graph: Graph, value: str, op: str, what: str) -> Node:
     node = graph.producers.get(value)
     if node is None or node.op != op:
-        raise UnsupportedError(f"{graph.name}: {what} ({value}) should come from {op}, not from {node.op if node else 'an input'}")
+        raise UnsupportedError(
+            f"{graph.name}: {what} ({value}) should come from {op}, not from {node.op if node else 'an input'}"
+        )
     return node
 
 

@@ -41,14 +41,23 @@ def canonical_order(graph: Graph) -> list[Node]:
                 continue
             done.add(i)
             stack.append((i, True))
-            stack.extend((index[name], False) for name in reversed(graph.nodes[i].inputs) if name in index and index[name] not in done)
+            stack.extend(
+                (index[name], False)
+                for name in reversed(graph.nodes[i].inputs)
+                if name in index and index[name] not in done
+            )
     return [graph.nodes[i] for i in order]
 
 
 def _candidates(nodes: Sequence[Node]) -> list[tuple[int, int, int]]:
     """(start, period, count) of every maximal repetition, those that cover most first."""
     ids: dict[str, int] = {}
-    signature = [ids.setdefault(f"{n.op} {sorted(n.attrs.items(), key=lambda kv: kv[0])} {[v.type for v in n.outputs]}", len(ids)) for n in nodes]
+    signature = [
+        ids.setdefault(
+            f"{n.op} {sorted(n.attrs.items(), key=lambda kv: kv[0])} {[v.type for v in n.outputs]}", len(ids)
+        )
+        for n in nodes
+    ]
     found = []
     for period in range(1, len(nodes) // 2 + 1):
         run = 0
@@ -68,8 +77,12 @@ def _candidates(nodes: Sequence[Node]) -> list[tuple[int, int, int]]:
 class _Flow:
     """How values pass through the loop, by the name that the first stretch uses."""
 
-    carried: dict[str, str] = field(default_factory=dict)  # operand of the first stretch -> the value of that stretch which the next reads there
-    per_layer: dict[str, list[str]] = field(default_factory=dict)  # operand of the first stretch -> what each stretch reads there
+    carried: dict[str, str] = field(
+        default_factory=dict
+    )  # operand of the first stretch -> the value of that stretch which the next reads there
+    per_layer: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # operand of the first stretch -> what each stretch reads there
     invariant: list[str] = field(default_factory=list)
 
 
@@ -79,7 +92,10 @@ def _dataflow(graph: Graph, start: int, period: int, count: int) -> _Flow | None
     flow = _Flow()
     for i in range(start, start + period):
         for k, first in enumerate(graph.nodes[i].inputs):
-            reads = [graph.nodes[i + j * period].inputs[k] if k < len(graph.nodes[i + j * period].inputs) else "" for j in range(count)]
+            reads = [
+                graph.nodes[i + j * period].inputs[k] if k < len(graph.nodes[i + j * period].inputs) else ""
+                for j in range(count)
+            ]
             if not first or not all(reads):
                 if any(reads):
                     return None
@@ -93,7 +109,9 @@ def _dataflow(graph: Graph, start: int, period: int, count: int) -> _Flow | None
                     flow.invariant.append(first)
             elif where.get(reads[1], (-1, 0))[0] >= start:  # made by the stretch before
                 at, out = where[reads[1]]
-                if at >= start + period or any(where.get(r) != (at + (j - 1) * period, out) for j, r in enumerate(reads) if j):
+                if at >= start + period or any(
+                    where.get(r) != (at + (j - 1) * period, out) for j, r in enumerate(reads) if j
+                ):
                     return None
                 if graph.type(first) != graph.type(reads[1]) or flow.carried.setdefault(first, reads[1]) != reads[1]:
                     return None
@@ -110,9 +128,13 @@ def _dataflow(graph: Graph, start: int, period: int, count: int) -> _Flow | None
 def _build(graph: Graph, start: int, period: int, count: int, flow: _Flow) -> Graph:
     stretch = graph.nodes[start : start + period]
     end = start + period * count
-    made = {v.name: (i - start, k) for i, n in enumerate(graph.nodes[start:end], start) for k, v in enumerate(n.outputs)}
+    made = {
+        v.name: (i - start, k) for i, n in enumerate(graph.nodes[start:end], start) for k, v in enumerate(n.outputs)
+    }
     outside = {name for n in graph.nodes[end:] for name in n.inputs} | set(graph.outputs)
-    final = {graph.nodes[i + (count - 1) * period].outputs[k].name for i, k in _places(graph, start, flow.carried.values())}
+    final = {
+        graph.nodes[i + (count - 1) * period].outputs[k].name for i, k in _places(graph, start, flow.carried.values())
+    }
     # What later nodes or the caller read of each run, beyond the carried values' last state.
     collected = [
         (i, k)
@@ -131,13 +153,17 @@ def _build(graph: Graph, start: int, period: int, count: int, flow: _Flow) -> Gr
         )
         for s, n in enumerate(stretch)
     )
-    body_outputs = tuple(names[v] for v in flow.carried.values()) + tuple(names[stretch[i].outputs[k].name] for i, k in collected)
+    body_outputs = tuple(names[v] for v in flow.carried.values()) + tuple(
+        names[stretch[i].outputs[k].name] for i, k in collected
+    )
     body = Graph("layer", graph.stage, tuple(inputs), body_outputs, {}, body_nodes)
     last = (count - 1) * period
     outputs = [graph.nodes[i + last].outputs[k] for i, k in _places(graph, start, flow.carried.values())]
     outputs += [graph.nodes[start + i + j * period].outputs[k] for i, k in collected for j in range(count)]
     operands = [*flow.carried, *(r for reads in flow.per_layer.values() for r in reads), *flow.invariant]
-    attrs = dict(body=body, count=count, carried=len(flow.carried), per_layer=len(flow.per_layer), collected=len(collected))
+    attrs = dict(
+        body=body, count=count, carried=len(flow.carried), per_layer=len(flow.per_layer), collected=len(collected)
+    )
     loop = Node("loop.layers", tuple(operands), tuple(outputs), attrs)
     assert all(made[v.name] for v in outputs)
     return replace(graph, nodes=graph.nodes[:start] + (loop,) + graph.nodes[end:])
