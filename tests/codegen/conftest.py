@@ -9,12 +9,6 @@ from runtime.engine import Engine
 from tests.codegen.engines import Builder, open_engine
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--renew-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
-    )
-
-
 @pytest.fixture(scope="session")
 def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Builder:
     """``build_engine(model, **options) -> Path``: builds, each made once per session. See tests/codegen/engines.py."""
