@@ -29,13 +29,16 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m runtime.generate $(TINY) --build build/cpu --chat --prompt "reverse: stone"
 	$(BIN)/python -m runtime.generate $(TINY) --build build/cpu --chat --prompt "你好"
 
+# In two processes: tests/infinicpu loads a build of the embedded library of its own.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+	$(BIN)/python -m pytest -q -m "not slow" --durations=5 tests/infinicpu
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --ignore tests/infinicpu
 
 # What takes longer or needs more: real size, long sanitizer runs, comparison with PyTorch. torch is taken from where pip finds it.
 test-full: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,train]'
-	$(BIN)/python -m pytest -q --durations=20
+	$(BIN)/python -m pytest -q --durations=10 tests/infinicpu
+	$(BIN)/python -m pytest -q --durations=20 --ignore tests/infinicpu
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ir.errors import run_cli
+from ir.errors import Parser, run_cli
 
 # Each command is a module of this package with ``add_arguments(parser)`` and ``run(arguments) -> exit status``; its first docstring line is the help.
 COMMANDS = {
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m codegen",
         description="Compile Qwen3 to a C++ engine of InfiniCore calls, and look into the result.",
     )

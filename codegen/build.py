@@ -254,9 +254,15 @@ def _context(wanted: int | None, most: int) -> int:
 
 def _check_out(out: Path) -> None:
     """An existing folder is replaced only if it is an earlier build, or empty."""
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"{out}: is not a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+    try:
+        names = os.listdir(out)  # once: another build may put its folder in place meanwhile
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        if out.exists():
+            raise BuildError(f"{out}: is not a folder") from None
+        return  # something above it is a file: said when the folder cannot be made
+    if names and "manifest.json" not in names:
         raise BuildError(f"{out}: is not empty and holds no earlier build; choose another folder")
 
 

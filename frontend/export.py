@@ -5,7 +5,6 @@ The weights are not copied: the graph's external data point into the checkpoint'
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from frontend.checkpoint import Checkpoint, check_weights, nonfinite_weights
 from frontend.config import Qwen3Config, load_config
 from frontend.onnx_file import CHECKPOINT_KEY, external_tensors
 from frontend.qwen3_graph import IR_VERSIONS, build_model
-from ir.errors import ConfigError, GraphError, run_cli
+from ir.errors import ConfigError, GraphError, Parser, run_cli
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen3"
 DEFAULT_OUTPUT = Path("build") / "model.onnx"
@@ -133,7 +132,7 @@ def without_external_data(model: ModelProto) -> ModelProto:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m frontend.export",
         description="Export a Hugging Face Qwen3 directory to ONNX without copying weights.",
     )

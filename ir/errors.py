@@ -5,10 +5,12 @@ This module depends on nothing, so every package (the runtime included) may use 
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class Qwen3Error(Exception):
@@ -51,6 +53,13 @@ class InfiniCoreError(Qwen3Error):
         self.detail = detail
 
 
+class Parser(argparse.ArgumentParser):
+    """A command's arguments; bad ones are errors like all others: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help says more)")
+
+
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command's ``main(argv)``; a Qwen3Error becomes one line on stderr and exit status 2.
 
@@ -65,6 +74,11 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         if debug:
             traceback.print_exc()
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except MemoryError:
+        if debug:
+            traceback.print_exc()
+        print("error: out of memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

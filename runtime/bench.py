@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from runtime import infinicore
-from runtime.errors import ConfigError, run_cli
-from runtime.generate import Parser, add_model_arguments, model_arguments
+from runtime.errors import ConfigError, Parser, run_cli
+from runtime.generate import add_model_arguments, model_arguments
 from runtime.kvcache import KVCache
 from runtime.probe import arithmetic_peak, memory_bandwidth
 from runtime.qwen3 import Qwen3ForCausalLM

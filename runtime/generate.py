@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from runtime.errors import ConfigError, run_cli
+from runtime.errors import ConfigError, Parser, run_cli
 
 _DESCRIPTION = """Generate text with a Qwen3 checkpoint. The engine is built on first use and cached.
 
@@ -21,13 +21,6 @@ _EXAMPLES = """examples:
   python -m runtime.generate --build build/cpu --tokens 1,2,3 --json
 """
 _NO_LIMIT = 2**31 - 1  # the model takes the smaller of this and its vocabulary
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments are errors like all others: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} ({self.prog} --help says more)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,15 @@ if INSTALLED:
     os.environ["QWEN3_TEST_INFINI_ROOT"] = INSTALLED
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    own = {"infinicpu" in item.path.parts for item in items}
+    if len(own) == 2:
+        raise pytest.UsageError(
+            "tests/infinicpu loads a build of the embedded library of its own: run it in another process than the rest, "
+            "as make test does (pytest tests/infinicpu; pytest --ignore tests/infinicpu)"
+        )
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--renew-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"

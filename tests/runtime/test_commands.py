@@ -111,6 +111,8 @@ def test_help(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_keys(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "memory_bandwidth", lambda threads: 20.0)
     monkeypatch.setattr(bench, "arithmetic_peak", lambda threads, dtype: 100.0)
+    # The engine is a stand-in here; other tests of this process may have loaded the embedded library.
+    monkeypatch.setattr(bench.infinicore, "is_embedded", lambda: False)
     options = ("--prompt-len", "20", "--gen-len", "3", "--repeat", "2", "--batch", "2", "--prefill-chunk", "8")
     status, out, _ = command(bench, *options, "--json")
     report = json.loads(out)
