@@ -82,7 +82,9 @@ def test_sources_are_written_without_a_compiler(tmp_path):
 
 def test_a_compiler_that_fails(tmp_path):
     broken = tmp_path / "g++"
-    broken.write_text('#!/bin/sh\ncase "$*" in *qwen3.cpp*) echo "qwen3.cpp:1: error: out of cheese" >&2; exit 1;; esac\nexec g++ "$@"\n')
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *qwen3.cpp*) echo "qwen3.cpp:1: error: out of cheese" >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
     broken.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(broken))
@@ -124,13 +126,28 @@ def test_an_interrupted_build_leaves_the_earlier_one(tmp_path):
     marker = tmp_path / "compiling"
     slow = tmp_path / "slow" / "g++"
     slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\ncase "$*" in *qwen3.cpp*) touch {marker}; exec sleep 60;; esac\nexec /usr/bin/env g++ "$@"\n')
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *qwen3.cpp*) touch {marker}; exec sleep 60;; esac\nexec /usr/bin/env g++ "$@"\n'
+    )
     slow.chmod(0o755)
     from runtime.infinicpu import build
 
     root = build()
     process = subprocess.Popen(
-        [sys.executable, "-m", "codegen", "build", "--target", "cpu", "--model", str(TINY), "-o", str(out), "--infinicore", str(root)],
+        [
+            sys.executable,
+            "-m",
+            "codegen",
+            "build",
+            "--target",
+            "cpu",
+            "--model",
+            str(TINY),
+            "-o",
+            str(out),
+            "--infinicore",
+            str(root),
+        ],
         cwd=ROOT,
         env={**os.environ, "CXX": str(slow)},
         stderr=subprocess.PIPE,

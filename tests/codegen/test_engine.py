@@ -362,6 +362,24 @@ def test_an_exhausted_pool_changes_nothing(subject):
         s.engine.set_pool_size(1000)
 
 
+def test_the_last_holder_of_a_shared_block_needs_no_copy(subject):
+    s = subject("paged-three-f32")
+    s.engine.set_pool_size(3 * 16)
+    tokens, more = s.tokens(20, 1), s.tokens(2, 2)
+    first = s.filled(tokens)  # two blocks of three, the second half full
+    second = s.engine.duplicate_cache(first, 20)
+    got = s.engine.forward(more, [1, 1], [20, 20], [first, second])  # both write into the shared block: one copy
+    for i in range(2):
+        assert relative_l2(got[i], s.expected(np.append(tokens, more[i]))[20]) <= EXACT
+    third = s.engine.duplicate_cache(first, 16)
+    s.engine.drop_cache(second)
+    # Both give up the one block that they share, so both can have one each of the two that are free then.
+    for cache in (first, third):
+        s.engine.trim_cache(cache, 16)
+    s.engine.forward(more, [1, 1], [16, 16], [first, third])
+    assert s.engine.pool_info()["free_blocks"] == 0
+
+
 def test_a_cache_that_does_not_fit_is_out_of_memory_too(subject):
     s = subject("paged-three-f32")
     s.engine.set_pool_size(32)

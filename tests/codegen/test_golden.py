@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from codegen.build import build_model
-from codegen.toolchain import compiler
+from codegen.toolchain import compiler, tool
 from runtime import infinicpu
 from tests.codegen.engines import EXAMPLE, Builder
 
@@ -115,6 +115,18 @@ def syntax_check(cxx: str, sources: Path, *flags: str) -> str:
 def test_emitted_code_passes_stricter_warnings(case: str, tmp_path: Path) -> None:
     emitted(tmp_path / "out", CASES[case])
     assert syntax_check(compiler(), tmp_path / "out", *STRICT) == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"infinicore": "any", "dtype": "f32"}, {"target": "ascend"}], ids=str)
+def test_emitted_code_is_formatted(options: dict[str, str], tmp_path: Path) -> None:
+    """As InfiniCore's .clang-format has it."""
+    build_model(model=EXAMPLE, out=tmp_path / "out", emit_only=True, **options)
+    style = "--style=file:" + str(Path(__file__).resolve().parents[2] / ".clang-format")
+    for name in ("qwen3.cpp", "qwen3_impl.hpp", "qwen3_weight.hpp"):
+        text = (tmp_path / "out" / name).read_text()
+        command = [tool("clang-format"), style, f"--assume-filename={name}"]
+        formatted = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
+        assert "".join(difflib.unified_diff(text.splitlines(True), formatted.splitlines(True), name)) == ""
 
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")

@@ -259,7 +259,7 @@ public:
     uint32_t blocks() const { return _blocks; }
     uint32_t freeBlocks() const { return static_cast<uint32_t>(_free.size()); }
     uint64_t bytes() const { return _memory.size(); }
-    bool shared(uint32_t block) const { return _references[block] > 1; }
+    uint32_t references(uint32_t block) const { return _references[block]; }
     uint32_t take() {
         const uint32_t block = _free.back();
         _free.pop_back();
@@ -312,16 +312,30 @@ void trim(KVPool &pool, Qwen3KVCache &cache, uint32_t length) {
 
 // Room for new tokens in several caches at once, or none. Tokens from starts[i] on are dropped; a shared block that will be written to is copied.
 infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *const *caches, const uint32_t *starts, const uint32_t *lens, size_t count) {
+    std::map<uint32_t, uint32_t> dropped; // references that the caches below give up
+    const auto holders = [&](uint32_t block) {
+        const auto found = dropped.find(block);
+        return pool.references(block) - (found == dropped.end() ? 0 : found->second);
+    };
     uint64_t needed = 0, available = pool.freeBlocks();
     for (size_t i = 0; i < count; ++i) {
         const Qwen3KVCache &cache = *caches[i];
         const size_t kept = starts[i] < cache.length ? blocksFor(starts[i]) : cache.blocks.size(); // reserved blocks stay
         for (size_t b = kept; b < cache.blocks.size(); ++b) {
-            available += pool.shared(cache.blocks[b]) ? 0u : 1u;
+            ++dropped[cache.blocks[b]];
+            available += holders(cache.blocks[b]) == 0 ? 1u : 0u;
         }
         const size_t wanted = blocksFor(uint64_t{starts[i]} + lens[i]);
         needed += wanted > kept ? wanted - kept : 0;
-        needed += starts[i] % BLOCK != 0 && pool.shared(cache.blocks[starts[i] / BLOCK]) ? 1u : 0u;
+    }
+    for (size_t i = 0; i < count; ++i) {
+        if (starts[i] % BLOCK != 0) {
+            const uint32_t block = caches[i]->blocks[starts[i] / BLOCK];
+            if (holders(block) > 1) { // the last holder writes in place
+                ++dropped[block];
+                ++needed;
+            }
+        }
     }
     if (needed > available) {
         return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV pool: " + std::to_string(needed) + " blocks of " + std::to_string(BLOCK) + " tokens needed, " + std::to_string(available) + " free");
@@ -333,7 +347,7 @@ infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *cons
     }
     for (size_t i = 0; i < count; ++i) {
         Qwen3KVCache &cache = *caches[i];
-        if (starts[i] % BLOCK != 0 && pool.shared(cache.blocks[starts[i] / BLOCK])) {
+        if (starts[i] % BLOCK != 0 && pool.references(cache.blocks[starts[i] / BLOCK]) > 1) {
             const uint32_t own = pool.take();
             uint32_t &block = cache.blocks[starts[i] / BLOCK];
             const infiniStatus_t status = pool.copy(context, block, own);
