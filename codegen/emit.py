@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ class Emitter:
         self.sample.member(calls.SAMPLE, "sample", ["TensorDesc(INFINI_DTYPE_I64, {})", "TensorDesc(DT, {vocabulary})"])
         self.bodies: list[dict[str, Any]] = []
         self.body_plans: list[PlanStruct] = []
+        self.request_bodies: tuple[Graph, Graph] | None = None
+        self.cache_index = "layer"
         self.weights: dict[str, str] = {}  # value in a loop's body -> expression of the weight
 
     # --- spelling ---------------------------------------------------------------------------------------------------------------------------------
@@ -128,7 +130,8 @@ class Emitter:
         return f"{base} + {offset} * ELEM" if len(place.offset) == 1 else f"{base} + ({offset}) * ELEM"
 
     def layer_of(self, buffer: str, scope: str) -> str:
-        return "layer" if scope == "layer" else buffer.rsplit(".", 1)[-1]
+        """The layer whose cache a buffer is; in a loop, an expression of its run."""
+        return self.cache_index if scope == "layer" else buffer.rsplit(".", 1)[-1]
 
     # --- calls ------------------------------------------------------------------------------------------------------------------------------------
 
@@ -270,9 +273,12 @@ class Emitter:
 
     def requests(self, node: Node, scope: str) -> dict[str, Any]:
         """The loop over requests, and the two functions that it calls."""
-        if not self.bodies:
+        if self.request_bodies is None:
+            self.request_bodies = (node.attrs["decode"], node.attrs["prefill"])
             for which, symbols in (("decode", ("total", "cap")), ("prefill", ("len", "total", "cap"))):
                 self.request_function(node.attrs[which], which, symbols)
+        elif self.request_bodies != (node.attrs["decode"], node.attrs["prefill"]):
+            raise UnsupportedError(f"{node.output}: its attention differs from other layers'; contiguous caches take one form")
         fields: dict[str, Any] = {}
         for key, name in (("q", node.inputs[0]), ("k", node.inputs[1]), ("v", node.inputs[2]), ("out", node.output)):
             place = self.plan.place(scope, name)
@@ -342,7 +348,12 @@ class Emitter:
         for i in range(per_layer):
             names = loop.inputs[carried + i * count : carried + (i + 1) * count]
             value = body.inputs[carried + i].name
-            if names[0] in self.graph.constants:
+            if names[0] not in self.graph.constants:
+                index = run_index(names)
+                if index is None:
+                    raise UnsupportedError(f"caches {', '.join(names[:3])}.. follow no rule that a loop could use")
+                self.cache_index = index
+            else:
                 self.weights[value] = layer_expression(names, layer_count(count, self.facts))
                 for node in body.nodes:  # a view of a weight is at the weight's address
                     if node.op.startswith("view.") and node.inputs[0] == value:
@@ -526,17 +537,34 @@ def layer_count(count: int, facts: ModelFacts) -> str:
     return "NLAYER" if count == facts.nlayer else str(count)
 
 
-def layer_expression(names: tuple[str, ...], bound: str) -> str:
-    """The weight of run ``layer`` among these, which must follow a rule that reads well."""
-    count = len(names)
-    roles = [n.partition(".")[0] for n in names]
-    indices = [n.partition(".")[2] for n in names]
-    if indices == [str(i) for i in range(count)] and len(set(roles)) == 1:
-        return f"rsrc.{roles[0]}[layer]->data()"
-    if indices[:-1] == [str(i + 1) for i in range(count - 1)] and len(set(roles[:-1])) == 1:
-        last = weight_expression(names[-1]).removesuffix("->data()")
-        return f"(layer + 1 < {bound} ? rsrc.{roles[0]}[layer + 1] : {last})->data()"
-    raise UnsupportedError(f"weights {', '.join(names[:3])}.. follow no rule that a loop over layers could use")
+def layer_expression(names: Sequence[str], bound: str) -> str:
+    """The weight of run ``layer`` among these (see ``run_index``)."""
+    role = names[0].partition(".")[0]
+    index = run_index(names)
+    if index is not None:
+        return f"rsrc.{role}[{index}]->data()"
+    index = run_index(names[:-1])
+    if index is None:
+        raise UnsupportedError(f"weights {', '.join(names[:3])}.. follow no rule that a loop over layers could use")
+    last = weight_expression(names[-1]).removesuffix("->data()")
+    return f"(layer + 1 < {bound} ? rsrc.{role}[{index}] : {last})->data()"
+
+
+def run_index(names: Sequence[str]) -> str | None:
+    """The number behind names of one role as an expression of ``layer``: ``ffn_norm.1, ffn_norm.3, ..`` -> ``2 * layer + 1``; None if there is no rule."""
+    split = [name.partition(".") for name in names]
+    if len({role for role, _, _ in split}) != 1 or not all(number.isdigit() for _, _, number in split):
+        return None
+    numbers = [int(number) for _, _, number in split]
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step < 1 or numbers != [numbers[0] + i * step for i in range(len(numbers))]:
+        return None
+    return ("layer" if step == 1 else f"{step} * layer") + (f" + {numbers[0]}" if numbers[0] else "")
+
+
+def follows_rule(names: Sequence[str]) -> bool:
+    """Whether a loop's runs can find what they read under these names."""
+    return run_index(names) is not None or (len(names) > 2 and run_index(names[:-1]) is not None)
 
 
 def _foreign(name: str, plan: Plan) -> bool:

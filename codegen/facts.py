@@ -60,6 +60,11 @@ def model_facts(graph: Graph, *, max_context: int, eos_token_ids: tuple[int, ...
         )
     (nh, dh), (nkvh, _) = next(iter(shapes))
     table = graph.constants["input_embd"].value.type
+    vocabulary = graph.type(graph.outputs[0]).shape[-1]
+    if table.shape[0] != vocabulary:
+        raise UnsupportedError(
+            f"{graph.name}: the embedding has {table.shape[0]} rows, the logits {vocabulary}; Qwen3Meta has one dvoc"
+        )
     downs = {graph.type(c).shape[1] for c in graph.constants if c.startswith("ffn_down.")}
     if len(downs) != 1:
         raise UnsupportedError(
@@ -85,7 +90,7 @@ def model_facts(graph: Graph, *, max_context: int, eos_token_ids: tuple[int, ...
         dh=_number(dh),
         di=_number(next(iter(downs))),
         dctx=max_context,
-        dvoc=_number(graph.type(graph.outputs[0]).shape[-1]),
+        dvoc=_number(vocabulary),
         epsilon=min(epsilons),
         theta=theta_of(inv_freq),
         end_token=eos_token_ids[0] if eos_token_ids else 0,

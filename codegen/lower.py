@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from codegen.emit import follows_rule
 from codegen.facts import ModelFacts, model_facts
 from ir.errors import UnsupportedError
 from ir.graph import Graph
@@ -61,7 +62,7 @@ def lower(
 
     passes = [
         Pass("legalise", legal, "fused", "infini", f"every op as InfiniCore calls that {target.name} has"),
-        Pass("roll_layers", roll_layers, "infini", "infini", "isomorphic layers become one loop"),
+        Pass("roll_layers", lambda g: roll_layers(g, follows_rule), "infini", "infini", "isomorphic layers become one loop"),
     ]
     low = run_passes(fused, passes, dump_dir=dump_dir, log=log)
     plan = plan_memory(low)

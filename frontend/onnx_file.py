@@ -160,10 +160,11 @@ class Places:
 
 
 def find_weights_folder(path: str | Path, model: ModelProto | None = None, given: str | Path | None = None) -> Path:
-    """Where a file's external data lie: in the given folder, else in its own, else in the one that our exporter noted.
+    """Where a file's external data lie: in the given folder, else in the one that our exporter noted, else in its own.
 
-    A model without external data, or exported from a configuration alone, gets the file's own folder, or the
-    given one.
+    The noted folder comes first because files of the same names beside the .onnx file may be another checkpoint's, with
+    equal headers and other values. A model without external data, or exported from a configuration alone, gets the
+    file's own folder, or the given one.
 
     Raises:
         CheckpointError: a data file is in none of them; names it.
@@ -172,12 +173,17 @@ def find_weights_folder(path: str | Path, model: ModelProto | None = None, given
     model = model or read_model(path)
     files = sorted({place.location for _, place in external_tensors(model.graph) if not place.unplaced})
     noted = next((p.value for p in model.metadata_props if p.key == CHECKPOINT_KEY), None)
-    places = [Path(given)] if given is not None else [path.parent] + ([path.parent / noted] if noted else [])
+    if given is not None:
+        places = [Path(given)]
+    elif noted and files:
+        places = [path.parent / noted, path.parent]
+    else:
+        places = [path.parent]
     for folder in places:
         if all((folder / f).is_file() for f in files):
             return folder
     # Say what is missing in the place where the weights were last known to be.
-    absent = [f for f in files if not (places[-1] / f).is_file()]
+    absent = [f for f in files if not (places[0] / f).is_file()]
     raise CheckpointError(
         f"{path}: its weights file {absent[0]} is not in {' or '.join(str(p) for p in places)}; "
         "give the checkpoint's folder"

@@ -252,6 +252,10 @@ def rename(graph: Graph, names: Mapping[str, str]) -> Graph:
     def value(v: Value) -> Value:
         return Value(names[v.name], v.type) if v.name in names else v
 
+    renamed = [names.get(v, v) for v in graph.values]
+    if len(set(renamed)) != len(renamed):
+        twice = sorted(n for n in set(renamed) if renamed.count(n) > 1)
+        raise GraphError(f"{graph.name}: renaming gives two values the name {twice[0]}")
     nodes = [
         replace(n, inputs=tuple(names.get(i, i) for i in n.inputs), outputs=tuple(map(value, n.outputs)))
         for n in graph.nodes

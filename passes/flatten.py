@@ -188,12 +188,35 @@ class _Flattener:
             raise UnsupportedError(
                 f"{graph.name}: attention {node.output} is over {graph.type(node.inputs[0])}, not over the tokens [{self.batch}, {self.seq}]"
             )
+        self._check_wiring(node)
         k = self.types[self._of(node.inputs[1])]
         cache = (REQUESTS, k.shape[1], CAPACITY, k.shape[2])
         self.caches.append((self._input(f"k_cache.{i}", k.dtype, *cache), self._input(f"v_cache.{i}", k.dtype, *cache)))
         inputs = (*(self._of(n) for n in node.inputs[:3]), f"k_cache.{i}", f"v_cache.{i}", "lens", "starts")
         names = (node.output, f"k_cache_out.{i}", f"v_cache_out.{i}")
         self._emit(node, inputs, {"scale": node.attrs["scale"]}, "attention_cached", names)
+
+    def _check_wiring(self, node: Node) -> None:
+        """What an attention gives as present comes back to it as past: the two are at the same place among the caches.
+
+        The engine keeps a cache per attention; a graph that feeds layer 0's keys to layer 1, or keys as values, means something else.
+        """
+        graph = self.graph
+        pasts = [name for name in (node.inputs[3:5] if len(node.inputs) > 3 else ()) if name]
+        presents = [v.name for v in node.outputs[1:] if v.name in graph.outputs]
+        if not pasts and not presents:
+            return
+        attentions = [n for n in graph.nodes if n.op == "attention"]
+        fed = {i for n in attentions for i in n.inputs[3:5] if i}
+        given = {v.name for n in attentions for v in n.outputs[1:]}
+        places_in = {v.name: i for i, v in enumerate(v for v in graph.inputs if v.name in fed)}
+        places_out = {name: i for i, name in enumerate(o for o in graph.outputs if o in given)}
+        found = ([places_in.get(n) for n in pasts], [places_out.get(n) for n in presents])
+        if found[0] != found[1]:
+            raise UnsupportedError(
+                f"{graph.name}: attention {node.output} reads caches {', '.join(pasts) or 'none'} and gives {', '.join(presents) or 'none'}; "
+                "expected the same layer's keys and values, in the same places among the inputs and the outputs"
+            )
 
     def _gather(self, x: str) -> str:
         if len(self.types[x].shape) != 2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ir.errors import UnsupportedError
 from ir.graph import Graph, Node, rename
+from ir.optable import with_defaults
 
 
 def assign_roles(graph: Graph) -> tuple[Graph, int]:
@@ -16,12 +17,17 @@ def assign_roles(graph: Graph) -> tuple[Graph, int]:
         UnsupportedError: a weight stands where a dense decoder has none, or one is missing; names the value.
     """
     names: dict[str, str] = {}
+    owners: dict[str, str] = {}
 
     def name(constant: str, role: str) -> None:
         if constant not in graph.constants:
             raise UnsupportedError(f"{graph.name}: {constant}, where {role} belongs, is computed and not a weight")
         if names.setdefault(constant, role) != role and role != "output_embd":
             raise UnsupportedError(f"{graph.name}: {constant} is used as {names[constant]} and as {role}")
+        if owners.setdefault(names[constant], constant) != constant:
+            raise UnsupportedError(
+                f"{graph.name}: {owners[names[constant]]} and {constant} both stand where {role} does; the engine has one"
+            )
 
     layers = [n for n in graph.nodes if n.op == "attention_cached"]
     if not layers:
@@ -31,6 +37,9 @@ def assign_roles(graph: Graph) -> tuple[Graph, int]:
             name(node.inputs[1], "input_embd")
         elif node.op in ("norm_rope", "rope"):
             name(node.inputs[3 if node.op == "norm_rope" else 2], "inv_freq")
+    factors = {with_defaults(n.op, n.attrs)["attention_factor"] for n in graph.nodes if n.op in ("norm_rope", "rope")}
+    if len(factors) > 1:
+        raise UnsupportedError(f"{graph.name}: rotary tables are scaled by {' and by '.join(map(str, sorted(factors)))}; the engine has one pair")
     for i, attention in enumerate(layers):
         _attention_roles(graph, attention, i, name)
     head = _producer(graph, graph.outputs[0], "linear", "the logits")

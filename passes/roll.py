@@ -7,20 +7,23 @@ What does not repeat stays as it is, before or after the loop; a graph in which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ir.graph import Graph, Node, Value
 from ir.types import TensorType
 
 
-def roll_layers(graph: Graph) -> tuple[Graph, int]:
-    """Roll the graph's layers; returns it and the number of runs of the loop (0: nothing was rolled)."""
+def roll_layers(graph: Graph, accept: Callable[[Sequence[str]], bool] = lambda names: True) -> tuple[Graph, int]:
+    """Roll the graph's layers; returns it and the number of runs of the loop (0: nothing was rolled).
+
+    ``accept`` says whether the runs of a loop can find values with these names, one per run; a stretch with others is left as it is.
+    """
     nodes = canonical_order(graph)
     ordered = replace(graph, nodes=tuple(nodes))
     for start, period, count in _candidates(nodes):
         flow = _dataflow(ordered, start, period, count)
-        if flow is not None:
+        if flow is not None and all(accept(names) for names in flow.per_layer.values()):
             return _build(ordered, start, period, count, flow), count
     return ordered, 0
 

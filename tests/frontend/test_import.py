@@ -317,7 +317,7 @@ def test_bad_places(tmp_path, places, kind, message):
 
 
 def test_weights_folder(model, tmp_path):
-    """Beside the file, else where the exporter noted, else what is given; what is given must hold them."""
+    """What is given, else where the exporter noted, else beside the file; what is given must hold them."""
     _, folder, path = model
     assert find_weights_folder(path).resolve() == folder.resolve()
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -332,6 +332,24 @@ def test_weights_folder(model, tmp_path):
     assert import_onnx(lonely, folder).constants
     with pytest.raises(CheckpointError, match="is not in"):
         import_onnx(path, tmp_path)
+
+
+def test_the_noted_checkpoint_is_not_mistaken_for_one_beside_the_file(model, tmp_path):
+    """A fine-tune has the same files with the same headers: only the note tells which one was exported."""
+    fields, folder, _ = model
+    base = shutil.copytree(folder, tmp_path / "base")
+    tuned = write_checkpoint(tmp_path / "tuned", fields, 8, "bf16", 2)
+    path = tuned / "m.onnx"
+    export(base, path)
+    assert find_weights_folder(path).resolve() == base.resolve()
+    assert find_weights_folder(path, given=tuned) == tuned
+    name = "model.embed_tokens.weight"
+    read = {where: load(import_onnx(path, where).constants[name].data) for where in (None, base, tuned)}
+    np.testing.assert_array_equal(read[None], read[base])
+    assert (read[None] != read[tuned]).any()
+    # Without the whole of what was noted, the files beside the model are taken.
+    (base / "model-00002-of-00002.safetensors").unlink()
+    assert find_weights_folder(path) == tuned
 
 
 def test_truncated_weights(model, tmp_path):

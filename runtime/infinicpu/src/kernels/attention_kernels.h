@@ -7,8 +7,10 @@
 #include <infinicore.h>
 
 // Attention by tiles of ATTENTION_KV_TILE positions with a running maximum and sum ("online softmax"): scores for a
-// few query rows exist for one tile at a time. Tiles start at multiples of the tile length, so a token's result is the
-// same in prefill and in decode, whatever it is batched with.
+// few query rows exist for one tile at a time. Tiles start at multiples of the tile length, in prefill and in decode,
+// whatever a token is batched with. The rounding of a token's result may still follow its batch: paged decode cuts long
+// sequences into parts of whole tiles when there are too few of them for all threads, as many as the number of sequences,
+// the width of the block table and the number of threads ask for, and merges the parts' sums at the end.
 
 namespace infinicpu {
 namespace {
