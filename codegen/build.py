@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ def from_checkpoint(model: Path, *, config_only: bool) -> Source:
     )
 
 
-def from_onnx(file: Path) -> Source:
+def from_onnx(file: Path, max_context: int | None = None) -> Source:
     """Import an ONNX file; facts about its use come from its metadata or the config.json beside the weights."""
     if not file.is_file():
         raise GraphError(
@@ -76,6 +77,8 @@ def from_onnx(file: Path) -> Source:
             graph, "onnx", file, folder, config.dtype, config.max_position_embeddings, tuple(config.eos_token_ids)
         )
     context = properties.get("max_position_embeddings", "")
+    if not context.isdigit() and max_context is not None:
+        context = str(max_context)
     if not context.isdigit():
         raise ConfigError(
             f"{file}: neither its metadata nor a config.json beside it says the largest context: give --max-context"
@@ -141,13 +144,22 @@ def build_model(
     if (model is None) == (onnx is None):
         raise ConfigError("give either a model folder or an ONNX file")
     record = select(target, infinicore)
-    out = Path(out) if out is not None else Path("build") / target
+    if config_only and onnx is not None:
+        raise ConfigError(
+            "--config-only: goes with --model; an ONNX file exported from a configuration alone needs no such option"
+        )
+    # Through a link, what it points to is replaced.
+    out = (Path(out) if out is not None else Path("build") / target).resolve()
     _check_out(out)
     if not emit_only:
         compiler()  # before the work, not after it
     started = time.monotonic()
     say("importing the graph")
-    source = from_checkpoint(Path(model), config_only=config_only) if model is not None else from_onnx(Path(onnx or ""))
+    source = (
+        from_checkpoint(Path(model), config_only=config_only)
+        if model is not None
+        else from_onnx(Path(onnx or ""), max_context)
+    )
     context = _context(max_context, source.max_context)
     say("running the passes")
     program = lower(
@@ -262,6 +274,8 @@ def _check_out(out: Path) -> None:
         if out.exists():
             raise BuildError(f"{out}: is not a folder") from None
         return  # something above it is a file: said when the folder cannot be made
+    if out in (Path.cwd(), *Path.cwd().parents):
+        raise BuildError(f"{out}: is where the command runs; choose a folder below it")
     if names and "manifest.json" not in names:
         raise BuildError(f"{out}: is not empty and holds no earlier build; choose another folder")
 
@@ -293,8 +307,8 @@ def _replace(folder: Path, out: Path) -> None:
         try:
             os.rename(folder, out)
             return
-        except OSError:
-            if not out.exists():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
         try:

@@ -192,7 +192,10 @@ class Emitter:
         return "nullptr" if name == "alibi" else cpp.float_literal(attrs[name])
 
     def described(self, node: Node, scope: str, **fields: Any) -> dict[str, Any]:
-        return dict(comment=self.comment(node, scope), origin=origin_text(node.origin), condition="", **fields)
+        shown = dict(
+            comment=self.comment(node, scope), origin=origin_text(node.origin), condition="", what=readable(node)
+        )
+        return {**shown, **fields}
 
     def comment(self, node: Node, scope: str) -> str:
         """``qkv [T, 100] = gemm(attn_norm_y [T, 40], attn_qkv.t [40, 100])``."""
@@ -245,7 +248,8 @@ class Emitter:
         skip_q = f"{base[1]} + shape.decodes * {cpp.dim(q.strides[0])} * ELEM"
         tables = "in.block_tables + size_t{shape.decodes} * shape.blocks"
         args = [skip_out, skip_q, base[2], base[3], tables, "in.seq_lens + shape.decodes", "in.cu_lens", "nullptr"]
-        second = dict(
+        second: dict[str, Any] = dict(
+            what=name,
             comment=f"{name}: the other requests",
             origin="",
             style="op",
@@ -278,7 +282,9 @@ class Emitter:
             for which, symbols in (("decode", ("total", "cap")), ("prefill", ("len", "total", "cap"))):
                 self.request_function(node.attrs[which], which, symbols)
         elif self.request_bodies != (node.attrs["decode"], node.attrs["prefill"]):
-            raise UnsupportedError(f"{node.output}: its attention differs from other layers'; contiguous caches take one form")
+            raise UnsupportedError(
+                f"{node.output}: its attention differs from other layers'; contiguous caches take one form"
+            )
         fields: dict[str, Any] = {}
         for key, name in (("q", node.inputs[0]), ("k", node.inputs[1]), ("v", node.inputs[2]), ("out", node.output)):
             place = self.plan.place(scope, name)

@@ -62,7 +62,13 @@ def lower(
 
     passes = [
         Pass("legalise", legal, "fused", "infini", f"every op as InfiniCore calls that {target.name} has"),
-        Pass("roll_layers", lambda g: roll_layers(g, follows_rule), "infini", "infini", "isomorphic layers become one loop"),
+        Pass(
+            "roll_layers",
+            lambda g: roll_layers(g, follows_rule),
+            "infini",
+            "infini",
+            "isomorphic layers become one loop",
+        ),
     ]
     low = run_passes(fused, passes, dump_dir=dump_dir, log=log)
     plan = plan_memory(low)

@@ -39,7 +39,9 @@ def assign_roles(graph: Graph) -> tuple[Graph, int]:
             name(node.inputs[3 if node.op == "norm_rope" else 2], "inv_freq")
     factors = {with_defaults(n.op, n.attrs)["attention_factor"] for n in graph.nodes if n.op in ("norm_rope", "rope")}
     if len(factors) > 1:
-        raise UnsupportedError(f"{graph.name}: rotary tables are scaled by {' and by '.join(map(str, sorted(factors)))}; the engine has one pair")
+        raise UnsupportedError(
+            f"{graph.name}: rotary tables are scaled by {' and by '.join(map(str, sorted(factors)))}; the engine has one pair"
+        )
     for i, attention in enumerate(layers):
         _attention_roles(graph, attention, i, name)
     head = _producer(graph, graph.outputs[0], "linear", "the logits")

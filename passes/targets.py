@@ -97,8 +97,8 @@ def select(target: str, infinicore: str) -> Target:
     if infinicore == "embedded" and target == "cpu":
         return targets()["embedded"]
     record = targets()[target]
-    if target == "cpu":
-        # The ops that every real InfiniCore's CPU backend has with one meaning and one argument order.
+    if infinicore == "any" or target == "cpu":
+        # The ops that every InfiniCore has with one meaning and one argument order; an installation is not probed yet.
         ops = {k: v for k, v in record.ops.items() if not v.since or v.since < RELEASE_0_1_0}
         return Target(record.name, record.device, ops, record.graph_capture, record.collectives)
     return record

@@ -41,6 +41,9 @@ tokens, and --gen-len greedy decode steps on top. Reported are medians, with the
 """
 
 
+_PROMPT_LEN, _GEN_LEN = 512, 32
+
+
 @dataclass
 class _Samples:
     """One value per round."""
@@ -129,18 +132,38 @@ def _measure(model: Qwen3ForCausalLM, args: argparse.Namespace, threads: int, sa
         batch.close()
 
 
+def _fit_lengths(args: argparse.Namespace, context: int) -> None:
+    """Defaults that fit into the context; ConfigError when the lengths that were asked for do not."""
+    if args.gen_len is None:
+        room = context // 2 if args.prompt_len is None else context - args.prompt_len
+        args.gen_len = max(1, min(_GEN_LEN, room))
+    if args.prompt_len is None:
+        args.prompt_len = max(1, min(_PROMPT_LEN, context - args.gen_len))
+    needed = args.prompt_len + args.gen_len
+    if needed > context:
+        raise ConfigError(f"--prompt-len and --gen-len are {needed} tokens, the context is {context}")
+
+
+def _make_room(model: Qwen3ForCausalLM, args: argparse.Namespace) -> None:
+    """Let the pool of paged caches hold the whole batch; contiguous ones grow by themselves."""
+    kv = model.build.data["kv"]
+    if kv["form"] != "paged":
+        return
+    block = kv["block_size"]
+    each = -(-(args.prompt_len + args.gen_len) // block) * block
+    # Not below the engine's own default, so that small runs measure what is in use.
+    model.engine.set_pool_size(max(args.batch * each, model.build.data["meta"]["dctx"], 8192))
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, measure, and return the report."""
     for name in ("prompt_len", "gen_len", "batch", "repeat"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     started = time.perf_counter()
     with Qwen3ForCausalLM(**model_arguments(args), prefill_chunk=args.prefill_chunk) as model:
-        needed = args.prompt_len + args.gen_len
-        if needed > model.max_context_len():
-            raise ConfigError(
-                f"--prompt-len and --gen-len are {needed} tokens, the context is {model.max_context_len()}"
-            )
+        _fit_lengths(args, model.max_context_len())
+        _make_room(model, args)
         wall_s = time.perf_counter() - started
         about = infinicore.description()
         threads = int(about.get("threads") or args.threads or 1)
@@ -223,8 +246,15 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m runtime.bench", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
-    parser.add_argument("--prompt-len", type=int, default=512, metavar="N", help="tokens per prompt (default: 512)")
-    parser.add_argument("--gen-len", type=int, default=32, metavar="N", help="decode steps (default: 32)")
+    parser.add_argument(
+        "--prompt-len",
+        type=int,
+        metavar="N",
+        help=f"tokens per prompt (default: {_PROMPT_LEN}, or what the context has)",
+    )
+    parser.add_argument(
+        "--gen-len", type=int, metavar="N", help=f"decode steps (default: {_GEN_LEN}, or what the context has)"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="requests at once (default: 1)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds (default: 5)")
     parser.add_argument(

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class Engine:
         self._library, self.meta = library, meta
         self._lock = threading.RLock()  # close() must not run under another thread's call
         self._caches: set[int] = set()
+        self._discarded: deque[int] = deque()
         ids = (ctypes.c_int * len(dev_ids))(*dev_ids)
         self._model: int | None = library.createQwen3Model(
             ctypes.byref(meta), ctypes.byref(weights), int(device), len(dev_ids), ids
@@ -201,6 +203,18 @@ class Engine:
             self._cache_call("dropKVCache", cache)
             self._caches.discard(cache)
 
+    def discard_cache(self, cache: int) -> None:
+        """drop_cache that never waits, for finalizers: where another thread is in a call, the next call frees the cache.
+
+        A finalizer may run in any thread, whatever locks that thread holds.
+        """
+        self._discarded.append(cache)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._free_discarded()
+            finally:
+                self._lock.release()
+
     def export_cache(self, cache: int, start: int, tokens: int, dtype: np.dtype) -> np.ndarray:
         """K and V of a range of positions: [layers, 2, kv heads, tokens, head dim] in the build's KV dtype."""
         meta = self.meta
@@ -253,11 +267,10 @@ class Engine:
         with self._lock:
             if self._model is None:
                 return
-            for cache in list(self._caches):
-                self._library.dropKVCache(self._model, cache)
-            self._caches.clear()
-            self._library.destroyQwen3Model(self._model)
-            self._model = None
+            model, self._model = self._model, None  # from here on a finalizer that runs in between frees nothing
+            while self._caches:
+                self._library.dropKVCache(model, self._caches.pop())
+            self._library.destroyQwen3Model(model)
             self._weights = None
 
     def __enter__(self) -> Engine:
@@ -275,7 +288,18 @@ class Engine:
     def _open(self, call: str) -> int:
         if self._model is None:
             raise InfiniCoreError(call, STATUS_INTERNAL_ERROR, "the model is closed")
+        self._free_discarded()
         return self._model
+
+    def _free_discarded(self) -> None:
+        while True:
+            try:
+                cache = self._discarded.popleft()
+            except IndexError:  # not tested beforehand: a finalizer in this thread may empty it in between
+                return
+            if self._model is not None and cache in self._caches:
+                self._caches.discard(cache)
+                self._library.dropKVCache(self._model, cache)
 
     def _call(self, call: str, *arguments: Any) -> None:
         with self._lock:

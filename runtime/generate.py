@@ -30,7 +30,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--build", metavar="OUT", help="a folder made by python -m codegen build (default: build and cache one)"
     )
     parser.add_argument(
-        "--device", help="cpu (default), nvidia, cambricon, ascend, metax, moore, iluvatar, kunlun, hygon, qy, ali"
+        "--device",
+        help="cpu, nvidia, cambricon, ascend, metax, moore, iluvatar, kunlun, hygon, qy, ali (default: the build's own, or cpu)",
     )
     parser.add_argument("--dtype", help="f32, f16 or bf16 (default: the checkpoint's own)")
     parser.add_argument("--quant", default="none", help="as for codegen build; only without --build (default: none)")
@@ -47,17 +48,10 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The parsed arguments as keyword arguments of Qwen3ForCausalLM."""
     if args.model is None and args.build is None:
         raise ConfigError("MODEL_DIR is missing: give a Hugging Face folder, or --build with a build folder")
-    device = args.device
-    if device is None:
-        device = "cpu"
-        if args.build is not None:
-            from runtime.manifest import read_build
-
-            device = int(read_build(args.build).data["device"])
     return dict(
         model_dir_path=args.model,
         build=args.build,
-        device=device,
+        device=args.device,
         dtype=args.dtype,
         quant=args.quant,
         threads=args.threads,
@@ -116,7 +110,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--tokens: found --chat, --system or --think as well, which need --prompt")
     prompt: Any = args.prompt if args.tokens is None else _parse_tokens(args.tokens)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"prompt: standard input is not UTF-8 text ({error.reason})") from None
     sampling = args.temperature is not None or args.top_p is not None
     top_k = args.top_k if args.top_k is not None else _NO_LIMIT if sampling else 1
     from runtime.qwen3 import Qwen3ForCausalLM  # after the arguments are known to be good: it loads numpy and more

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Progress:
+    """What is known of an answer so far. Apart from Generation, so that the generator which fills it does not refer back
+    to its owner: such a cycle would be left to the garbage collector, which may end it in any thread.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    reused: int = 0
+    finish_reason: str | None = None
 
 
 class Generation:
@@ -13,14 +26,27 @@ class Generation:
     Leaving early (close(), or ending a ``with``) gives the cache back.
     """
 
-    def __init__(self, prompt_tokens: list[int]) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.tokens: list[int] = []
-        self.seconds: list[float] = []
-        self.reused = 0
-        self.finish_reason: str | None = None
-        self.seed = 0
-        self._pieces: Iterator[str] = iter(())
+    def __init__(
+        self, prompt_tokens: list[int], seed: int, progress: Progress, pieces: Generator[str, None, None]
+    ) -> None:
+        self.prompt_tokens, self.seed = prompt_tokens, seed
+        self._progress, self._pieces = progress, pieces
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._progress.tokens
+
+    @property
+    def seconds(self) -> list[float]:
+        return self._progress.seconds
+
+    @property
+    def reused(self) -> int:
+        return self._progress.reused
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._progress.finish_reason
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -35,7 +61,7 @@ class Generation:
         self.close()
 
     def close(self) -> None:
-        self._pieces.close()  # type: ignore[attr-defined]
+        self._pieces.close()
 
     @property
     def ms_per_step(self) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from runtime.errors import ConfigError, InfiniCoreError
@@ -19,7 +21,8 @@ class CacheOwner(Protocol):
 
     def trim_kv_cache(self, cache: int, length: int) -> None: ...
 
-    def drop_kv_cache(self, cache: int) -> None: ...
+    def discard_kv_cache(self, cache: int) -> None:
+        """Free it, now or soon; called by finalizers, so it must not wait for a lock."""
 
 
 class CacheTask(Protocol):
@@ -81,7 +84,7 @@ class KVCache:
         """Free the engine's memory. May be called again; ``model`` is accepted for jiuge's callers."""
         handle, self._handle = self._handle, None
         if handle is not None:
-            self._model.drop_kv_cache(handle)
+            self._model.discard_kv_cache(handle)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -94,11 +97,11 @@ class KVCachePool:
     An idle cache that the prompt continues is taken as it is. One that the prompt only begins like, or one that is in
     use, is duplicated (copy-on-write where the build has paged caches), so that nobody's work is lost. Idle caches are
     kept, least recently used first to go, up to ``max_caches`` caches (those in use included) and ``max_idle_tokens``
-    tokens. When every cache is in use, acquire waits for one to be released.
+    tokens. Acquiring never waits: when every cache is in use one more is made, and as many are freed on release.
 
     Args:
         model: what makes and frees caches (Qwen3ForCausalLM).
-        max_caches: how many caches there may be at once.
+        max_caches: how many caches there may be at once, unless more than these are in use.
         max_idle_tokens: how many tokens idle caches may hold together; None: no limit.
         min_prefix: shorter agreements than this are not worth a duplicate.
     """
@@ -116,49 +119,45 @@ class KVCachePool:
         )
         self._idle: list[KVCache] = []  # oldest first
         self._busy: list[KVCache] = []
-        self._freed = threading.Condition()
+        self._lock = threading.Lock()
+        self._released: deque[KVCache] = deque()  # given back, perhaps by a finalizer, and not yet put in order
         self._shutdown = False
 
     @property
     def num_caches(self) -> int:
-        return len(self._idle) + len(self._busy)
+        return len(self._idle) + len(self._busy)  # what was released is busy until it is put in order
 
     @property
     def idle_tokens(self) -> int:
         return sum(len(cache.tokens) for cache in self._idle)
 
-    def acquire_sync(self, task: CacheTask, timeout: float | None = None) -> int:
+    def acquire_sync(self, task: CacheTask) -> int:
         """Bind a cache to the task, which then starts after the reused tokens; returns how many those are.
 
         At least one token of the prompt is always left to compute, because its logits are wanted.
 
         Raises:
-            ConfigError: the pool was finalized, or nothing was released within ``timeout`` seconds.
+            ConfigError: the pool was finalized.
         """
-        with self._freed:
-            if not self._freed.wait_for(lambda: self._shutdown or len(self._busy) < self.max_caches, timeout):
-                raise ConfigError(f"all {self.max_caches} KV caches are in use")
-            if self._shutdown:
-                raise ConfigError("the KV cache pool was finalized")
+        with self._locked():
+            self._check_open()
             cache, reused = self._take(task.tokens)
-            self._busy.append(cache)
+            if cache is not None:
+                self._busy.append(cache)
+        if cache is None:
+            cache = KVCache(self._model)  # outside of the lock: making it may evict idle ones
+            with self._locked():
+                self._check_open()
+                self._busy.append(cache)
         task.bind_kvcache(cache, reused)
         return reused
 
     def release_sync(self, task: CacheTask) -> None:
-        """Give the task's cache back for others to continue."""
+        """Give the task's cache back for others to continue. Never waits: a finalizer may call it in any thread."""
         cache = task.release_kvcache()
-        if cache is None:
-            return
-        with self._freed:
-            self._busy = [other for other in self._busy if other is not cache]
-            if self._shutdown or not cache.tokens:
-                cache.drop()
-            else:
-                self._idle.append(cache)
-            while self.max_idle_tokens is not None and self._idle and self.idle_tokens > self.max_idle_tokens:
-                self._idle.pop(0).drop()
-            self._freed.notify()
+        if cache is not None:
+            self._released.append(cache)
+            self._settle_if_free()
 
     async def acquire(self, task: CacheTask) -> int:
         """acquire_sync without blocking the event loop."""
@@ -169,7 +168,7 @@ class KVCachePool:
 
     def evict(self) -> bool:
         """Free the idle cache that was used longest ago, for example when the engine ran out of KV memory."""
-        with self._freed:
+        with self._locked():
             if not self._idle:
                 return False
             self._idle.pop(0).drop()
@@ -177,13 +176,46 @@ class KVCachePool:
 
     def finalize(self) -> None:
         """Free every idle cache; those in use are freed when they are released. Acquiring fails from now on."""
-        with self._freed:
+        with self._locked():
             self._shutdown = True
             while self._idle:
                 self._idle.pop().drop()
-            self._freed.notify_all()
 
-    def _take(self, prompt: Sequence[int]) -> tuple[KVCache, int]:
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            self._settle()
+            yield
+        self._settle_if_free()  # what was released meanwhile found the lock taken
+
+    def _settle_if_free(self) -> None:
+        while self._released and self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Make released caches idle, and free those that are too many. The caller holds the lock."""
+        while self._released:
+            cache = self._released.popleft()
+            self._busy = [other for other in self._busy if other is not cache]
+            if self._shutdown or not cache.tokens:
+                cache.drop()
+            else:
+                self._idle.append(cache)
+        while self._idle and (
+            self.num_caches > self.max_caches
+            or (self.max_idle_tokens is not None and self.idle_tokens > self.max_idle_tokens)
+        ):
+            self._idle.pop(0).drop()
+
+    def _check_open(self) -> None:
+        if self._shutdown:
+            raise ConfigError("the KV cache pool was finalized")
+
+    def _take(self, prompt: Sequence[int]) -> tuple[KVCache | None, int]:
+        """A cache with its first tokens in place and how many those are; (None, 0): a new one is to be made."""
         best, reused = None, 0
         for cache in [*self._idle, *self._busy]:
             length = common_prefix(cache.tokens, prompt[:-1])
@@ -191,7 +223,7 @@ class KVCachePool:
                 best, reused = cache, length
         if best is None or reused < min(self.min_prefix, len(prompt) - 1):
             self._make_room(None)
-            return KVCache(self._model), 0
+            return None, 0
         # The last few tokens of a reply are often stripped or tokenised anew: losing them is no reason to copy.
         few = len(best.tokens) - reused < self.min_prefix
         alone = self.num_caches >= self.max_caches and self._idle == [best]
@@ -203,7 +235,7 @@ class KVCachePool:
         except InfiniCoreError:  # no memory for a copy (contiguous caches)
             if best in self._idle:
                 return self._continue(best, reused), reused
-            return KVCache(self._model), 0
+            return None, 0
 
     def _continue(self, cache: KVCache, length: int) -> KVCache:
         self._idle.remove(cache)

@@ -12,6 +12,7 @@ from typing import Any
 from runtime.errors import BuildError, CheckpointError
 
 FORMAT = 1
+LIBRARY = "libqwen3.so"
 _REQUIRED = ("target", "record", "device", "infinicore", "dtype", "kv", "model", "meta", "weights", "ops")
 
 
@@ -24,13 +25,16 @@ class Build:
 
     @property
     def library(self) -> Path:
-        """The compiled engine; BuildError when the folder was only emitted or the file is gone."""
+        """The compiled engine; BuildError when the folder was emitted but not compiled, or the file is gone."""
         name = self.data.get("library")
+        path = self.folder / (name or LIBRARY)  # an emitted folder may have been compiled by hand
+        if path.is_file():
+            return path
         if not name:
-            raise BuildError(f"{self.folder} was built with --emit-only: compile it, or build it again without")
-        if not (self.folder / name).is_file():
-            raise BuildError(f"{self.folder}: the engine {name} is missing; build it again")
-        return self.folder / name
+            raise BuildError(
+                f"{self.folder} was built with --emit-only: compile it and put {LIBRARY} there, or build it again without"
+            )
+        raise BuildError(f"{self.folder}: the engine {name} is missing; build it again")
 
     @property
     def source(self) -> Path:
@@ -42,6 +46,17 @@ class Build:
         """The folder where configuration and tokenizer would lie: beside the weights."""
         kind, folder = self.data["model"]["source"]["kind"], self.data["model"].get("weights_folder")
         return Path(folder) if folder else self.source if kind == "checkpoint" else self.source.parent
+
+    def weights_folder(self, folder: Path | None) -> Path:
+        """Where the weight files lie: in ``folder`` if one of them is there, else where they lay for the build.
+
+        ``folder`` may have nothing but a tokenizer. Whether the files are the right ones is check_fingerprint's matter.
+        """
+        own = self.checkpoint_folder
+        if folder is None:
+            return own
+        here = any((folder / name).is_file() for name in _files(self.data["weights"]))
+        return folder if here or not own.is_dir() else own
 
     @property
     def eos_token_ids(self) -> list[int]:

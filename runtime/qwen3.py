@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from runtime.errors import (
     Qwen3Error,
     UnsupportedError,
 )
-from runtime.generation import Generation, schedule
+from runtime.generation import Generation, Progress, schedule
 from runtime.infertask import InferTask, check_sampling, check_tokens
 from runtime.kvcache import KVCache, KVCachePool
 from runtime.manifest import Build, read_build
@@ -66,13 +66,14 @@ class Qwen3ForCausalLM:
     """A loaded model.
 
     Args:
-        model_dir_path: a Hugging Face folder. None with ``build``: the build remembers where it came from.
-        device: DeviceType, its number or its name.
+        model_dir_path: a Hugging Face folder. None with ``build``: the build remembers where it came from. A folder
+            without weight files gives the tokenizer alone.
+        device: DeviceType, its number or its name; default: the build's own, the CPU for a build made here.
         ndev: how many devices of that kind share the model (tensor parallel).
         max_tokens: context length, at most (default) what the build was compiled for.
         dtype: ``"f32" | "f16" | "bf16"`` or a numpy or torch dtype; default: the checkpoint's own.
         build: a folder made by ``python -m codegen build``; default: built on first use and cached.
-        quant, kv: as for ``codegen build``; only for a build made here.
+        quant, kv: as for ``codegen build``; with ``build`` they must be what it was made with.
         threads: threads of the embedded library (INFINICPU_THREADS); default: all cores.
         kv_pool_tokens: how many tokens all caches hold together, for builds with paged caches.
         prefill_chunk: prompts are computed in pieces of at most this many tokens.
@@ -86,7 +87,7 @@ class Qwen3ForCausalLM:
     def __init__(
         self,
         model_dir_path: str | os.PathLike[str] | None = None,
-        device: DeviceType | int | str = DeviceType.DEVICE_TYPE_CPU,
+        device: DeviceType | int | str | None = None,
         ndev: int = 1,
         max_tokens: int | None = None,
         dtype: Any = None,
@@ -100,8 +101,13 @@ class Qwen3ForCausalLM:
         max_caches: int = 32,
         check_weights: bool = True,
     ) -> None:
-        device = DeviceType.parse(device)
-        for name, value in (("ndev", ndev), ("prefill_chunk", prefill_chunk), ("max_caches", max_caches)):
+        wanted = None if device is None else DeviceType.parse(device)
+        for name, value in (
+            ("ndev", ndev),
+            ("prefill_chunk", prefill_chunk),
+            ("max_caches", max_caches),
+            ("kv_pool_tokens", 1 if kv_pool_tokens is None else kv_pool_tokens),
+        ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number, at least 1")
         dtype = None if dtype is None else dtype_name(dtype)
@@ -109,17 +115,17 @@ class Qwen3ForCausalLM:
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder, expected a Hugging Face model directory")
         infinicore.set_threads(threads)
-        self.build = _open_build(build, folder, device, dtype, quant, kv)
+        self.build = _open_build(build, folder, wanted, dtype, quant, kv)
+        found_device = DeviceType.parse(self.build.data["device"])
         started = time.perf_counter()
         self.prefill_chunk = prefill_chunk
         meta = meta_from_manifest(self.build, max_tokens)
         library_path = self.build.library
         infinicore.load(self.build.data)
         # A build from ONNX may keep its weights elsewhere than where the tokenizer lies.
-        weights_here = folder is not None and self.build.data["model"]["source"]["kind"] == "checkpoint"
-        weights = Qwen3WeightsImpl.from_manifest(self.build, folder if weights_here else None, ndev, check_weights)
+        weights = Qwen3WeightsImpl.from_manifest(self.build, self.build.weights_folder(folder), ndev, check_weights)
         self.weight_bytes, self.weight_bytes_per_token = weights.nbytes, weights.nbytes_per_token
-        self._engine = Engine(load_library(library_path), meta, weights, device, list(range(ndev)))
+        self._engine = Engine(load_library(library_path), meta, weights, found_device, list(range(ndev)))
         try:
             if kv_pool_tokens is not None:
                 self._engine.set_pool_size(kv_pool_tokens)
@@ -173,6 +179,10 @@ class Qwen3ForCausalLM:
             cache.drop()
         else:
             self._engine.drop_cache(cache)
+
+    def discard_kv_cache(self, cache: int) -> None:
+        """drop_kv_cache that never waits and never fails, for finalizers."""
+        self._engine.discard_cache(cache)
 
     def close(self) -> None:
         """Free the engine, its caches and the mapped weights. May be called again."""
@@ -355,10 +365,8 @@ class Qwen3ForCausalLM:
             raise ConfigError(f"max_steps is {max_steps!r}, expected a whole number, at least 1")
         self._check_length(len(tokens), "prompt")
         task = InferTask("generate", tokens, max_steps, temperature_, topk_, topp_, ends, seed)
-        generation = Generation(tokens)
-        generation.seed = task.seed
-        generation._pieces = self._pieces(task, generation)
-        return generation
+        progress = Progress()
+        return Generation(tokens, task.seed, progress, self._pieces(task, progress))
 
     def prompt_tokens(
         self, input_content: Any, chat: bool | None = None, enable_thinking: bool = False, system: str | None = None
@@ -381,26 +389,26 @@ class Qwen3ForCausalLM:
         text = self.tokenizer.apply_chat_template(messages, enable_thinking)
         return check_tokens(self.tokenizer.encode(text, add_special_tokens=False), self.vocab_size(), "prompt")
 
-    def _pieces(self, task: InferTask, generation: Generation) -> Iterator[str]:
+    def _pieces(self, task: InferTask, progress: Progress) -> Generator[str, None, None]:
         decoder = None if self.tokenizer is None else self.tokenizer.decoder()
-        generation.reused = self.pool.acquire_sync(task)
+        progress.reused = self.pool.acquire_sync(task)
         try:
             while task.finish_reason is None:
                 started = time.perf_counter()
                 token = self.batch_infer_one_round([task])[0]
                 task.next(token, self.max_context_len())
-                generation.seconds.append(time.perf_counter() - started)
+                progress.seconds.append(time.perf_counter() - started)
                 if task.finish_reason == "stop":
                     break
-                generation.tokens.append(token)
+                progress.tokens.append(token)
                 if decoder is None:
-                    yield f" {token}" if len(generation.tokens) > 1 else str(token)
+                    yield f" {token}" if len(progress.tokens) > 1 else str(token)
                 elif piece := decoder.push(token):
                     yield piece
             if decoder is not None and (rest := decoder.flush()):
                 yield rest
         finally:
-            generation.finish_reason = task.finish_reason
+            progress.finish_reason = task.finish_reason
             self.pool.release_sync(task)
 
     # ---------------------------------------------------------------------------------------------- internal
@@ -433,7 +441,7 @@ class Qwen3ForCausalLM:
 def _open_build(
     build: str | os.PathLike[str] | None,
     folder: Path | None,
-    device: DeviceType,
+    device: DeviceType | None,
     dtype: str | None,
     quant: str,
     kv: str,
@@ -443,12 +451,14 @@ def _open_build(
             raise ConfigError("model_dir_path: expected a model folder, or build=... with a build folder")
         from runtime.builds import build_for
 
-        return build_for(folder, target=device.target, dtype=dtype, quant=quant, kv=kv)
+        target = (DeviceType.DEVICE_TYPE_CPU if device is None else device).target
+        return build_for(folder, target=target, dtype=dtype, quant=quant, kv=kv)
     found = read_build(build)
     for name, asked, has in (
-        ("device", device.target, DeviceType.parse(found.data["device"]).target),
+        ("device", None if device is None else device.target, DeviceType.parse(found.data["device"]).target),
         ("dtype", dtype, found.data["dtype"]),
         ("quant", None if quant == "none" else quant, found.data.get("quant")),
+        ("kv", None if kv == "auto" else kv, found.data["kv"]["form"]),
     ):
         if asked is not None and asked != has:
             raise ConfigError(f"{found.folder}: was built for {name} {has}, asked for {name} {asked}")

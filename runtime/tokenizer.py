@@ -171,6 +171,13 @@ class Tokenizer:
         return cls(folder) if folder is not None and (folder / "tokenizer.json").is_file() else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text; ConfigError when it is not Unicode (Python keeps stray bytes as lone surrogates)."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"prompt: character {error.start} is {text[error.start]!a}, expected UTF-8 text"
+            ) from None
         return self._hf.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:

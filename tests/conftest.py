@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-# Tests run on the embedded InfiniCore unless they ask for the installed one: see tests/real.py.
+# Tests run on the embedded InfiniCore, but for tests/codegen/test_real_infinicore.py, which asks for the installed one.
 INSTALLED = os.environ.pop("INFINI_ROOT", "")
 if INSTALLED:
     os.environ["QWEN3_TEST_INFINI_ROOT"] = INSTALLED

@@ -1,7 +1,8 @@
 """The embedded InfiniCore: our own implementation of the InfiniCore C ABI for the CPU, and how it is built.
 
-``build()`` compiles it once per set of sources, compiler and flags, keeps the result in the user's cache, and returns a
-folder laid out like an InfiniCore installation: ``include/`` and ``lib/lib{infinirt,infiniop,infiniccl}.so``.
+``build()`` compiles it once per set of sources, flags and instruction sets, keeps the result in the user's cache, and
+returns a folder laid out like an InfiniCore installation: ``include/`` and ``lib/lib{infinirt,infiniop,infiniccl}.so``.
+A finished one is found again without a compiler, and whatever compiler is installed by then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,14 @@ LIBRARIES = ("infinirt", "infiniop", "infiniccl")
 SANITIZERS = ("", "address,undefined", "thread")
 # A file in the finished folder that says from what it was built.
 STAMP = ".infinicpu-build"
+# The cache keeps this many builds beside the one in use, and all that were used within the last minutes: another
+# process may be about to load them.
+KEEP = 4
+RECENT_SECONDS = 600
+# What an interrupted build left behind is removed after this long.
+STALE_SECONDS = 24 * 3600
+# The build's name in the names of its folder, its lock and its temporary folders.
+CACHE_NAME = re.compile(r"\.?(infinicpu-\w+)")
 # Kernels beside the portable ones, best first, and the CPU features that tell the machine has them.
 X86_KERNELS = {"avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
 # "[3/23] Building ...", as ninja reports it.
@@ -54,17 +64,21 @@ def build(out_dir: Path | None = None, sanitize: str = "") -> Path:
     """
     if sanitize not in SANITIZERS:
         raise BuildError(f"sanitize must be one of {', '.join(map(repr, SANITIZERS))}, not {sanitize!r}")
-    compiler = _find_compiler()
     options = [f"-DINFINICPU_SANITIZE={sanitize}", f"-DINFINICPU_ISAS={_best_kernels()}"]
-    key = _build_key(compiler, options)
+    key = _build_key(options)
     target = Path(out_dir).absolute() if out_dir is not None else cache_root() / f"infinicpu-{key[:16]}"
+    if out_dir is None:
+        with contextlib.suppress(OSError):  # not there yet, or a cache that is only read
+            os.utime(target)  # used just now: see _prune
     if _is_current(target, key):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.parent / f".{target.name}.lock"):
             if not _is_current(target, key):  # another process may have built it meanwhile
-                _build_into(target, key, compiler, options)
+                _build_into(target, key, options)
+        if out_dir is None:
+            _prune(target)
     except OSError as error:
         raise BuildError(f"cannot build the embedded InfiniCore in {target}: {error.strerror or error}") from error
     return target
@@ -77,8 +91,12 @@ def _is_current(target: Path, key: str) -> bool:
         return False
 
 
-def _build_into(target: Path, key: str, compiler: str, options: list[str]) -> None:
+def _build_into(target: Path, key: str, options: list[str]) -> None:
     """Configure, compile and install in a temporary folder beside the target, then move the result into place."""
+    # Only here: what is built already is used without the compiler's packages, and without a compiler.
+    from codegen.toolchain import find_compiler
+
+    compiler = find_compiler()
     cmake, ninja = _find_tool("cmake"), _find_tool("ninja")
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -86,7 +104,7 @@ def _build_into(target: Path, key: str, compiler: str, options: list[str]) -> No
         _run(
             [
                 *(cmake, "-S", str(SOURCE_DIR), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-                *(f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_INSTALL_LIBDIR=lib", *options),
+                *(*compiler.cmake_options(), "-DCMAKE_INSTALL_LIBDIR=lib", *options),
             ]
         )
         _run([cmake, "--build", str(tree)], progress="building the embedded InfiniCore")
@@ -118,14 +136,6 @@ def _run(command: list[str], progress: str = "") -> None:
         raise BuildError(f"building the embedded InfiniCore failed in {Path(command[0]).name}: {reason}")
 
 
-def _find_compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        path = shutil.which(name) if name else None
-        if path:
-            return path
-    raise BuildError("no C++ compiler found (looked for $CXX, g++, c++, clang++): install g++")
-
-
 def _find_tool(name: str) -> str:
     """A build tool: the pip package's of this interpreter first, then the one on the path."""
     path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
@@ -143,15 +153,12 @@ def _best_kernels() -> str:
     return next((name for name, feature in X86_KERNELS.items() if feature in features), "portable")
 
 
-def _build_key(compiler: str, options: list[str]) -> str:
-    """A hash of everything that the result depends on."""
+def _build_key(options: list[str]) -> str:
+    """A hash of everything that the result depends on, short of the compiler: any of them makes one that serves."""
     digest = hashlib.sha256()
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{compiler} --version failed: is it a compiler?") from error
-    flags = os.environ.get("CXXFLAGS", "") + os.environ.get("LDFLAGS", "")
-    for text in (compiler, version, platform.machine(), flags, *options):
+    flags = (os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", ""))
+    # A home folder may be shared by machines of other kinds.
+    for text in (platform.machine(), *platform.libc_ver(), *flags, *options):
         digest.update(text.encode() + b"\0")
     sources = [SOURCE_DIR / "CMakeLists.txt", *SOURCE_DIR.glob("src/**/*"), *SOURCE_DIR.glob("include/**/*")]
     for path in sorted(p for p in sources if p.is_file()):
@@ -160,11 +167,52 @@ def _build_key(compiler: str, options: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the kernel releases it even if the process dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; the kernel releases it even if the process dies. False: another holds it."""
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            # Pruning removes lock files: while we waited, another file may have come to the path.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    yield True
+                    return
+
+
+def _prune(current: Path) -> None:
+    """Remove the builds that were used longest ago, and what interrupted builds left; never what is being built."""
+    root = current.parent
+    builds = sorted((p for p in root.glob("infinicpu-*") if p != current), key=_age)
+    old = [p for p in builds[KEEP:] if _age(p) > RECENT_SECONDS]
+    for path in old + [p for p in root.glob(".infinicpu-*") if _age(p) > STALE_SECONDS]:
+        match = CACHE_NAME.match(path.name)
+        if match is None or (path.suffix == ".lock" and (root / match[1]).exists()):
+            continue
+        lock = root / f".{match[1]}.lock"
+        with contextlib.suppress(OSError), _lock(lock, wait=False) as held:
+            if not held:
+                continue
+            if path in old and _age(path) > RECENT_SECONDS:
+                # In one step, so that nobody meets half of a build.
+                trash = tempfile.mkdtemp(prefix=f".{match[1]}-", dir=root)
+                os.rename(path, trash)
+                shutil.rmtree(trash, ignore_errors=True)
+            elif path.is_dir() and path not in old:
+                shutil.rmtree(path, ignore_errors=True)
+            if not (root / match[1]).exists():
+                lock.unlink()
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last change; none for what is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 __all__ = ["build", "cache_root", "LIBRARIES"]

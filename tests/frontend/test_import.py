@@ -344,9 +344,8 @@ def test_the_noted_checkpoint_is_not_mistaken_for_one_beside_the_file(model, tmp
     assert find_weights_folder(path).resolve() == base.resolve()
     assert find_weights_folder(path, given=tuned) == tuned
     name = "model.embed_tokens.weight"
-    read = {where: load(import_onnx(path, where).constants[name].data) for where in (None, base, tuned)}
-    np.testing.assert_array_equal(read[None], read[base])
-    assert (read[None] != read[tuned]).any()
+    data = import_onnx(path).constants[name].data
+    assert (load(data, base) != load(data, tuned)).any()
     # Without the whole of what was noted, the files beside the model are taken.
     (base / "model-00002-of-00002.safetensors").unlink()
     assert find_weights_folder(path) == tuned

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -240,13 +242,78 @@ def test_build_gives_an_infini_root_and_finds_it_again(monkeypatch: pytest.Monke
     assert infinicpu.build() == root and (root / ".infinicpu-build").stat().st_mtime_ns == stamp
 
 
+def test_a_finished_build_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QWEN3_CACHE", str(PROJECT / "build" / "cache"))
+    root = infinicpu.build()
+    stamp = (root / ".infinicpu-build").stat().st_mtime_ns
+    os.utime(root, (0, 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for compiler in ("", "no-such-compiler", "ccache clang++ -m64"):
+        monkeypatch.setenv("CXX", compiler)
+        assert infinicpu.build() == root
+    monkeypatch.delenv("CXX")
+    assert infinicpu.build() == root and (root / ".infinicpu-build").stat().st_mtime_ns == stamp
+    assert time.time() - root.stat().st_mtime < 600  # used just now, so not the next one to be pruned
+
+
+def finish(target: Path, key: str, options: list[str]) -> None:
+    """In the place of a compilation: the least that passes for a finished build."""
+    target.mkdir()
+    (target / ".infinicpu-build").write_text(key)
+
+
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QWEN3_CACHE", str(tmp_path))
+    monkeypatch.setattr(infinicpu, "_build_into", finish)
+    now, day = time.time(), 24 * 3600
+
+    def make(name: str, age: float) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+        os.utime(tmp_path / name, (now - age, now - age))
+
+    for hours in range(1, 9):
+        make(f"infinicpu-{hours}", hours * 3600)
+        (tmp_path / f".infinicpu-{hours}.lock").write_text("")
+    make(".infinicpu-1-left_over", 3 * day)
+    make(".infinicpu-9-left_over", 3 * day)
+    make(".infinicpu-2-under_way", 3600)
+    make(".infinicpu-8-under_way", 3 * day)
+    make("builds", 9 * day)  # another's
+    (tmp_path / ".infinicpu-10.lock").write_text("")
+    os.utime(tmp_path / ".infinicpu-10.lock", (now - 3 * day, now - 3 * day))
+    with open(tmp_path / ".infinicpu-8.lock") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        root = infinicpu.build()
+    kept = {f"infinicpu-{n}" for n in (1, 2, 3, 4, 8)} | {root.name}
+    others = {".infinicpu-2-under_way", ".infinicpu-8-under_way", "builds"}
+    assert {p.name for p in tmp_path.iterdir()} == kept | others | {f".{name}.lock" for name in kept}
+
+
+def test_builds_that_were_just_used_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QWEN3_CACHE", str(tmp_path))
+    monkeypatch.setattr(infinicpu, "_build_into", finish)
+    roots = []
+    for number in range(7):
+        monkeypatch.setenv("CXXFLAGS", f"-DNUMBER={number}")
+        roots.append(infinicpu.build())
+    assert len(set(roots)) == 7 and all(root.is_dir() for root in roots)
+    for number, root in enumerate(roots):  # the first one was built first, and is used again
+        os.utime(root, (1000 + number, 1000 + number))
+    monkeypatch.setenv("CXXFLAGS", "-DNUMBER=0")
+    assert infinicpu.build() == roots[0]
+    monkeypatch.setenv("CXXFLAGS", "-DNUMBER=7")
+    assert infinicpu.build().is_dir()
+    assert [root.is_dir() for root in roots] == [True, False, False, False, True, True, True]
+
+
 def test_build_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="sanitize must be"):
         infinicpu.build(sanitize="memory")
     monkeypatch.setenv("QWEN3_CACHE", str(tmp_path / "cache"))
     compiler = tmp_path / "broken-g++"
     compiler.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit 0\necho 'error: nothing works' >&2; exit 1\n"
+        '#!/bin/sh\ncase "$1" in --version|-dump*) echo 12.2.0; exit 0;; esac\necho "error: nothing works" >&2; exit 1\n'
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
@@ -256,5 +323,5 @@ def test_build_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
     monkeypatch.delenv("CXX")
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
-    with pytest.raises(BuildError, match="no C\\+\\+ compiler found"):
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler: install g\\+\\+"):
         infinicpu.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_prompt_from_standard_input(command: Any, monkeypatch: pytest.MonkeyPatc
     assert command(generate, "--prompt", "-") == command(generate, "--prompt", "123+456=")
 
 
+def test_standard_input_that_is_not_text(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors))
+        status, out, err = command(generate, "--prompt", "-")
+        assert (status, out, err.count("\n")) == (2, "", 1) and "UTF-8 text" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +94,8 @@ def test_prompt_from_standard_input(command: Any, monkeypatch: pytest.MonkeyPatc
         (("--prompt", "x", "--dtype", "f8"), "dtype: found 'f8'"),
         (("--prompt", "x", "--device", "tpu"), "device: found 'tpu'"),
         (("--prompt", ""), "prompt: empty"),
+        (("--prompt", "caf\udce9"), "expected UTF-8 text"),
+        (("--prompt", "x", "--system", "\udce9"), "expected UTF-8 text"),
     ],
 )
 def test_bad_arguments_are_one_line(command: Any, arguments: tuple[str, ...], message: str) -> None:
@@ -128,6 +138,17 @@ def test_bench_keys(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = command(bench, "--prompt-len", "95", "--gen-len", "2")
     assert (status, out) == (2, "") and "97 tokens, the context is 96" in err
     assert "--batch is 0, expected at least 1" in command(bench, "--batch", "0")[2]
+    # Lengths that were not given fit into the context of 96.
+    for given, lengths in (((), (64, 32)), (("--prompt-len", "90"), (90, 6)), (("--gen-len", "5"), (91, 5))):
+        settings = json.loads(command(bench, *given, "--repeat", "1", "--json")[1])["settings"]
+        assert (settings["prompt_len"], settings["gen_len"]) == lengths
+
+
+def test_bench_makes_room_for_its_batch(fake_build: Path, no_infinicore: None) -> None:
+    args = argparse.Namespace(batch=100, prompt_len=81, gen_len=2)
+    with Qwen3ForCausalLM(build=fake_build) as model:
+        bench._make_room(model, args)
+        assert model.engine.pool_info()["total_blocks"] == 100 * 6  # 83 tokens in blocks of 16
 
 
 def test_the_probe_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

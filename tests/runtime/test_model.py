@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from runtime.engine import Engine, OutOfKVMemory
 from runtime.errors import BuildError, CheckpointError, ConfigError, InfiniCoreError
 from runtime.generation import schedule
 from runtime.qwen3 import InferTask, KVCache, Qwen3ForCausalLM
+from runtime.structs import DeviceType
 from tests.runtime import fakes
 
 PROMPT = [5, 9, 2, 600, 14, 7, 7, 1]
@@ -272,6 +275,48 @@ def test_leaving_a_stream_early_gives_the_cache_back(open_fake: Any) -> None:
     assert text
 
 
+def test_more_streams_than_caches(open_fake: Any) -> None:
+    model = open_fake(max_caches=2)
+    streams = [model.stream(PROMPT, 9, end_tokens=[]) for _ in range(4)]
+    for generation in streams:
+        next(generation)  # all four are open in this thread
+    for generation in streams:
+        list(generation)
+        assert generation.tokens == answer(model, PROMPT, 9)
+    assert model.pool.num_caches == 2
+
+
+def test_an_abandoned_stream_is_freed_without_the_garbage_collector(open_fake: Any) -> None:
+    model = open_fake()
+    gc.disable()
+    try:
+        generation = model.stream(PROMPT, 50, end_tokens=[])
+        next(generation)
+        gone = weakref.ref(generation)
+        del generation
+        assert gone() is None and model.pool._busy == [] and model.pool.num_caches == 1
+    finally:
+        gc.enable()
+
+
+def test_a_finalizer_never_waits_for_the_engine_or_the_pool(open_fake: Any) -> None:
+    """A stream and a cache are collected in a thread while another one holds both locks."""
+    model = open_fake()
+    held = [model.stream(PROMPT, 50, end_tokens=[]), KVCache(model)]
+    next(held[0])
+    free = model.engine.pool_info()
+    with model.engine._lock, model.pool._lock:
+        collector = threading.Thread(target=held.clear)
+        collector.start()
+        collector.join(timeout=30)
+        assert not collector.is_alive() and held == []
+        assert len(model.engine._caches) == 2
+    while model.pool.evict():
+        pass
+    assert model.engine.pool_info()["free_blocks"] > free["free_blocks"]
+    assert model.engine._caches == set()
+
+
 def test_threads_share_a_model(open_fake: Any) -> None:
     model = open_fake()
     prompts = [[i, i + 1, 3] for i in range(6)]
@@ -311,6 +356,8 @@ def test_bad_prompts(open_fake: Any) -> None:
     model = open_fake()
     for prompt, message in [
         ("", "prompt: empty"),
+        ("caf\udce9", r"prompt: character \d+ is '.udce9', expected UTF-8 text"),
+        ([{"role": "user", "content": "\ud800"}], "expected UTF-8 text"),
         ([], "prompt: empty"),
         ([1, 608], "prompt: entry 1 is 608"),
         ("hello " * 200, r"prompt: \d+ tokens, expected at most 96"),
@@ -450,6 +497,9 @@ def test_a_refused_model_leaks_nothing(fake_build: Path, no_infinicore: None) ->
         (dict(prefill_chunk=0), "prefill_chunk is 0"),
         (dict(threads=0), "threads is 0"),
         (dict(device=99), "device: found 99"),
+        (dict(kv="contiguous"), "was built for kv paged, asked for kv contiguous"),
+        (dict(kv_pool_tokens="a"), "kv_pool_tokens is 'a', expected a whole number, at least 1"),
+        (dict(kv_pool_tokens=0), "kv_pool_tokens is 0"),
     ],
 )
 def test_bad_arguments(open_fake: Any, options: dict[str, Any], message: str) -> None:
@@ -466,8 +516,10 @@ def test_bad_builds(fake_library: Path, tmp_path: Path, no_infinicore: None) -> 
     checkpoint = fakes.write_checkpoint(tmp_path / "model")
     build = fakes.write_build(tmp_path / "out", checkpoint, fake_library)
     edit_manifest(build, library=None)
-    with pytest.raises(BuildError, match="was built with --emit-only"):
+    (build / "libqwen3.so").rename(tmp_path / "compiled.so")
+    with pytest.raises(BuildError, match="was built with --emit-only: compile it and put libqwen3.so there"):
         Qwen3ForCausalLM(build=build)
+    (tmp_path / "compiled.so").rename(build / "libqwen3.so")
     edit_manifest(build, library="libqwen3.so", format=7)
     with pytest.raises(BuildError, match="found format 7, expected 1; build it again"):
         Qwen3ForCausalLM(build=build)
@@ -484,6 +536,12 @@ def test_bad_builds(fake_library: Path, tmp_path: Path, no_infinicore: None) -> 
     (build / "libqwen3.so").unlink()
     with pytest.raises(BuildError, match="the engine libqwen3.so is missing"):
         Qwen3ForCausalLM(build=build)
+
+
+def test_an_emitted_folder_that_was_compiled_by_hand(fake_library: Path, tmp_path: Path, no_infinicore: None) -> None:
+    build = fakes.write_build(tmp_path / "out", fakes.write_checkpoint(tmp_path / "model"), fake_library, library=None)
+    with Qwen3ForCausalLM(build=build) as model:
+        assert len(answer(model, PROMPT, 2)) == 2
 
 
 def test_a_changed_checkpoint_is_noticed_and_a_moved_one_is_found(
@@ -506,3 +564,47 @@ def test_a_changed_checkpoint_is_noticed_and_a_moved_one_is_found(
     fakes.write_checkpoint(tmp_path / "moved", {**fakes.state_dict(), "extra": np.zeros(3, np.float32)})
     with pytest.raises(CheckpointError, match="its weight files are not those .* build it again"):
         Qwen3ForCausalLM(tmp_path / "moved", build=build)
+
+
+def test_weights_of_a_build_from_onnx_come_from_the_given_folder(
+    fake_library: Path, tmp_path: Path, no_infinicore: None
+) -> None:
+    from runtime.manifest import fingerprint
+
+    own = fakes.write_checkpoint(tmp_path / "own")
+    data = fakes.manifest(own)["model"]
+    data["source"] = {"kind": "onnx", "path": str(own / "model.onnx")}
+    data["fingerprint"] = fingerprint(own, fakes.manifest(own)["weights"])
+    build = fakes.write_build(tmp_path / "out", own, fake_library, model=data)
+    with Qwen3ForCausalLM(build=build) as model:
+        expected = answer(model, PROMPT, 8)
+    tuned = fakes.write_checkpoint(tmp_path / "tuned", fakes.state_dict(seed=1))
+    with Qwen3ForCausalLM(tuned, build=build) as model:
+        assert answer(model, PROMPT, 8) != expected
+    other = fakes.write_checkpoint(tmp_path / "other", {**fakes.state_dict(), "extra": np.zeros(3, np.float32)})
+    with pytest.raises(CheckpointError, match=r"other: its weight files are not those .* build it again"):
+        Qwen3ForCausalLM(other, build=build)
+    (other / "model.safetensors").unlink()  # what is left has the tokenizer
+    with Qwen3ForCausalLM(other, build=build) as model:
+        assert answer(model, PROMPT, 8) == expected and model.tokenizer is not None
+
+
+@pytest.mark.parametrize("asked", [None, "nvidia", DeviceType.DEVICE_TYPE_CPU])
+def test_the_device_is_the_builds_own(
+    fake_library: Path, tmp_path: Path, no_infinicore: None, monkeypatch: pytest.MonkeyPatch, asked: Any
+) -> None:
+    class Opened(Exception):
+        pass
+
+    def engine(library: Any, meta: Any, weights: Any, device: int, dev_ids: list[int]) -> None:
+        raise Opened(int(device))
+
+    monkeypatch.setattr("runtime.qwen3.Engine", engine)
+    checkpoint = fakes.write_checkpoint(tmp_path / "model")
+    build = fakes.write_build(tmp_path / "out", checkpoint, fake_library, target="nvidia", device=1)
+    if asked == DeviceType.DEVICE_TYPE_CPU:
+        with pytest.raises(ConfigError, match="was built for device nvidia, asked for device cpu"):
+            Qwen3ForCausalLM(build=build, device=asked)
+        return
+    with pytest.raises(Opened, match="1"):
+        Qwen3ForCausalLM(build=build, device=asked)

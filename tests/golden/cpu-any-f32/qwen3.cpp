@@ -142,17 +142,17 @@ TensorDesc weightDesc(size_t rows, size_t cols, bool transposed) {
 }
 
 struct StepPlan {
-    RMSNorm attn_norm_out{"infiniopRMSNorm", "attn_norm_out"};
-    Gemm qkv{"infiniopGemm", "qkv"};
-    RMSNorm q_rope_norm{"infiniopRMSNorm", "q_rope_norm"};
-    RMSNorm k_rope_norm{"infiniopRMSNorm", "k_rope_norm"};
-    RoPE qk_rope{"infiniopRoPE", "qk_rope"};
-    Gemm o{"infiniopGemm", "o"};
-    Add hidden_mid{"infiniopAdd", "hidden_mid"};
-    Gemm gate_up{"infiniopGemm", "gate_up"};
-    SwiGLU ffn{"infiniopSwiGLU", "ffn"};
-    Gemm down{"infiniopGemm", "down"};
-    Gemm logits{"infiniopGemm", "logits"};
+    RMSNorm attn_norm_out{"infiniopRMSNorm"};
+    Gemm qkv{"infiniopGemm"};
+    RMSNorm q_rope_norm{"infiniopRMSNorm"};
+    RMSNorm k_rope_norm{"infiniopRMSNorm"};
+    RoPE qk_rope{"infiniopRoPE"};
+    Gemm o{"infiniopGemm"};
+    Add hidden_mid{"infiniopAdd"};
+    Gemm gate_up{"infiniopGemm"};
+    SwiGLU ffn{"infiniopSwiGLU"};
+    Gemm down{"infiniopGemm"};
+    Gemm logits{"infiniopGemm"};
     size_t workspace_size = 0;
 
     infiniStatus_t build(const Context &context, const StepShape &shape, bool transposed);
@@ -160,17 +160,17 @@ struct StepPlan {
 
 infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, bool transposed) {
     const size_t T = shape.tokens, L = shape.rows;
-    QWEN3_TRY(attn_norm_out.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
-    QWEN3_TRY(qkv.create(context, TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
-    QWEN3_TRY(q_rope_norm.create(context, TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(k_rope_norm.create(context, TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(qk_rope.create(context, TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
-    QWEN3_TRY(o.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 192}), weightDesc(160, 192, transposed)));
-    QWEN3_TRY(hidden_mid.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160})));
-    QWEN3_TRY(gate_up.create(context, TensorDesc(DT, {T, 768}), TensorDesc(DT, {T, 160}), weightDesc(768, 160, transposed)));
-    QWEN3_TRY(ffn.create(context, TensorDesc(DT, {T, 384}), TensorDesc(DT, {T, 384}, {768, 1}), TensorDesc(DT, {T, 384}, {768, 1})));
-    QWEN3_TRY(down.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
-    QWEN3_TRY(logits.create(context, TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
+    QWEN3_TRY(attn_norm_out.create(context, "attn_norm_out", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
+    QWEN3_TRY(qkv.create(context, "qkv", TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
+    QWEN3_TRY(q_rope_norm.create(context, "q_rope_norm", TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
+    QWEN3_TRY(k_rope_norm.create(context, "k_rope_norm", TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
+    QWEN3_TRY(qk_rope.create(context, "qk_rope", TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
+    QWEN3_TRY(o.create(context, "o", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 192}), weightDesc(160, 192, transposed)));
+    QWEN3_TRY(hidden_mid.create(context, "hidden_mid", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160})));
+    QWEN3_TRY(gate_up.create(context, "gate_up", TensorDesc(DT, {T, 768}), TensorDesc(DT, {T, 160}), weightDesc(768, 160, transposed)));
+    QWEN3_TRY(ffn.create(context, "ffn", TensorDesc(DT, {T, 384}), TensorDesc(DT, {T, 384}, {768, 1}), TensorDesc(DT, {T, 384}, {768, 1})));
+    QWEN3_TRY(down.create(context, "down", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
+    QWEN3_TRY(logits.create(context, "logits", TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
     for (const size_t size : {attn_norm_out.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), qk_rope.workspaceSize(), o.workspaceSize(), hidden_mid.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), logits.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
@@ -179,14 +179,14 @@ infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, b
 }
 
 struct SamplePlan {
-    RandomSample sample{"infiniopRandomSample", "sample"};
+    RandomSample sample{"infiniopRandomSample"};
     size_t workspace_size = 0;
 
     infiniStatus_t build(const Context &context, size_t vocabulary);
 };
 
 infiniStatus_t SamplePlan::build(const Context &context, size_t vocabulary) {
-    QWEN3_TRY(sample.create(context, TensorDesc(INFINI_DTYPE_I64, {}), TensorDesc(DT, {vocabulary})));
+    QWEN3_TRY(sample.create(context, "sample", TensorDesc(INFINI_DTYPE_I64, {}), TensorDesc(DT, {vocabulary})));
     for (const size_t size : {sample.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
@@ -195,22 +195,22 @@ infiniStatus_t SamplePlan::build(const Context &context, size_t vocabulary) {
 }
 
 struct DecodePlan {
-    Rearrange k_cache_new{"infiniopRearrange", "k_cache_new"};
-    Rearrange v_cache_new{"infiniopRearrange", "v_cache_new"};
-    Gemm scores{"infiniopGemm", "scores"};
-    CausalSoftmax probs{"infiniopCausalSoftmax", "probs"};
-    Gemm mixed{"infiniopGemm", "mixed"};
+    Rearrange k_cache_new{"infiniopRearrange"};
+    Rearrange v_cache_new{"infiniopRearrange"};
+    Gemm scores{"infiniopGemm"};
+    CausalSoftmax probs{"infiniopCausalSoftmax"};
+    Gemm mixed{"infiniopGemm"};
     size_t workspace_size = 0;
 
     infiniStatus_t build(const Context &context, size_t total, size_t cap);
 };
 
 infiniStatus_t DecodePlan::build(const Context &context, size_t total, size_t cap) {
-    QWEN3_TRY(k_cache_new.create(context, TensorDesc(DT, {2, 1, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, 1, 32}, {32, 256, 1})));
-    QWEN3_TRY(v_cache_new.create(context, TensorDesc(DT, {2, 1, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, 1, 32}, {32, 320, 1})));
-    QWEN3_TRY(scores.create(context, TensorDesc(DT, {2, 3, total}), TensorDesc(DT, {2, 3, 32}), TensorDesc(DT, {2, 32, total}, {static_cast<ptrdiff_t>(32 * cap), 1, 32})));
-    QWEN3_TRY(probs.create(context, TensorDesc(DT, {6, 1, total}), TensorDesc(DT, {6, 1, total})));
-    QWEN3_TRY(mixed.create(context, TensorDesc(DT, {2, 3, 32}), TensorDesc(DT, {2, 3, total}), TensorDesc(DT, {2, total, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1})));
+    QWEN3_TRY(k_cache_new.create(context, "k_cache_new", TensorDesc(DT, {2, 1, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, 1, 32}, {32, 256, 1})));
+    QWEN3_TRY(v_cache_new.create(context, "v_cache_new", TensorDesc(DT, {2, 1, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, 1, 32}, {32, 320, 1})));
+    QWEN3_TRY(scores.create(context, "scores", TensorDesc(DT, {2, 3, total}), TensorDesc(DT, {2, 3, 32}), TensorDesc(DT, {2, 32, total}, {static_cast<ptrdiff_t>(32 * cap), 1, 32})));
+    QWEN3_TRY(probs.create(context, "probs", TensorDesc(DT, {6, 1, total}), TensorDesc(DT, {6, 1, total})));
+    QWEN3_TRY(mixed.create(context, "mixed", TensorDesc(DT, {2, 3, 32}), TensorDesc(DT, {2, 3, total}), TensorDesc(DT, {2, total, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1})));
     for (const size_t size : {k_cache_new.workspaceSize(), v_cache_new.workspaceSize(), scores.workspaceSize(), probs.workspaceSize(), mixed.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
@@ -219,26 +219,26 @@ infiniStatus_t DecodePlan::build(const Context &context, size_t total, size_t ca
 }
 
 struct PrefillPlan {
-    Rearrange k_cache_new{"infiniopRearrange", "k_cache_new"};
-    Rearrange v_cache_new{"infiniopRearrange", "v_cache_new"};
-    Rearrange q_packed{"infiniopRearrange", "q_packed"};
-    Gemm scores{"infiniopGemm", "scores"};
-    CausalSoftmax probs{"infiniopCausalSoftmax", "probs"};
-    Gemm mixed{"infiniopGemm", "mixed"};
-    Rearrange out{"infiniopRearrange", "out"};
+    Rearrange k_cache_new{"infiniopRearrange"};
+    Rearrange v_cache_new{"infiniopRearrange"};
+    Rearrange q_packed{"infiniopRearrange"};
+    Gemm scores{"infiniopGemm"};
+    CausalSoftmax probs{"infiniopCausalSoftmax"};
+    Gemm mixed{"infiniopGemm"};
+    Rearrange out{"infiniopRearrange"};
     size_t workspace_size = 0;
 
     infiniStatus_t build(const Context &context, size_t len, size_t total, size_t cap);
 };
 
 infiniStatus_t PrefillPlan::build(const Context &context, size_t len, size_t total, size_t cap) {
-    QWEN3_TRY(k_cache_new.create(context, TensorDesc(DT, {2, len, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, len, 32}, {32, 256, 1})));
-    QWEN3_TRY(v_cache_new.create(context, TensorDesc(DT, {2, len, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, len, 32}, {32, 320, 1})));
-    QWEN3_TRY(q_packed.create(context, TensorDesc(DT, {6, len, 32}), TensorDesc(DT, {6, len, 32}, {32, 256, 1})));
-    QWEN3_TRY(scores.create(context, TensorDesc(DT, {2, 3 * len, total}), TensorDesc(DT, {2, 3 * len, 32}), TensorDesc(DT, {2, 32, total}, {static_cast<ptrdiff_t>(32 * cap), 1, 32})));
-    QWEN3_TRY(probs.create(context, TensorDesc(DT, {6, len, total}), TensorDesc(DT, {6, len, total})));
-    QWEN3_TRY(mixed.create(context, TensorDesc(DT, {2, 3 * len, 32}), TensorDesc(DT, {2, 3 * len, total}), TensorDesc(DT, {2, total, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1})));
-    QWEN3_TRY(out.create(context, TensorDesc(DT, {len, 6, 32}), TensorDesc(DT, {len, 6, 32}, {32, static_cast<ptrdiff_t>(32 * len), 1})));
+    QWEN3_TRY(k_cache_new.create(context, "k_cache_new", TensorDesc(DT, {2, len, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, len, 32}, {32, 256, 1})));
+    QWEN3_TRY(v_cache_new.create(context, "v_cache_new", TensorDesc(DT, {2, len, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, len, 32}, {32, 320, 1})));
+    QWEN3_TRY(q_packed.create(context, "q_packed", TensorDesc(DT, {6, len, 32}), TensorDesc(DT, {6, len, 32}, {32, 256, 1})));
+    QWEN3_TRY(scores.create(context, "scores", TensorDesc(DT, {2, 3 * len, total}), TensorDesc(DT, {2, 3 * len, 32}), TensorDesc(DT, {2, 32, total}, {static_cast<ptrdiff_t>(32 * cap), 1, 32})));
+    QWEN3_TRY(probs.create(context, "probs", TensorDesc(DT, {6, len, total}), TensorDesc(DT, {6, len, total})));
+    QWEN3_TRY(mixed.create(context, "mixed", TensorDesc(DT, {2, 3 * len, 32}), TensorDesc(DT, {2, 3 * len, total}), TensorDesc(DT, {2, total, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1})));
+    QWEN3_TRY(out.create(context, "out", TensorDesc(DT, {len, 6, 32}), TensorDesc(DT, {len, 6, 32}, {32, static_cast<ptrdiff_t>(32 * len), 1})));
     for (const size_t size : {k_cache_new.workspaceSize(), v_cache_new.workspaceSize(), q_packed.workspaceSize(), scores.workspaceSize(), probs.workspaceSize(), mixed.workspaceSize(), out.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
@@ -333,7 +333,11 @@ infiniStatus_t copyTokens(const Context &context, const Qwen3KVCache &from, cons
 
 infiniStatus_t allocate(const Context &context, Qwen3KVCache *cache, size_t capacity) {
     cache->capacity = std::min<size_t>(DCTX, (std::max(capacity, MIN_CAPACITY) + MIN_CAPACITY - 1) / MIN_CAPACITY * MIN_CAPACITY);
-    return cache->memory.reserve(context, 2 * size_t{NLAYER} * cache->bytesPerSide(), "KV cache");
+    const size_t bytes = 2 * size_t{NLAYER} * cache->bytesPerSide();
+    if (cache->memory.reserve(context, bytes, "KV cache") != INFINI_STATUS_SUCCESS) {
+        return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV cache of " + std::to_string(bytes) + " bytes");
+    }
+    return INFINI_STATUS_SUCCESS;
 }
 
 void trim(KVPool &, Qwen3KVCache &cache, uint32_t length) { cache.length = std::min(cache.length, length); }
@@ -438,8 +442,10 @@ infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta,
     rsrc->output_norm = getOutNorm(meta, weights);
     const bool tied = weights->output_embd == weights->input_embd && meta->scale_input == 1.0f;
     rsrc->output_embd = tied ? rsrc->input_embd : getOutEmbd(meta, weights);
-    rsrc->sin_table = getSinTable(meta, INV_FREQ, ATTENTION_FACTOR);
-    rsrc->cos_table = getCosTable(meta, INV_FREQ, ATTENTION_FACTOR);
+    Qwen3Meta widest = *meta; // the tables have the rows that their descriptors were compiled with
+    widest.dctx = DCTX;
+    rsrc->sin_table = getSinTable(&widest, INV_FREQ, ATTENTION_FACTOR);
+    rsrc->cos_table = getCosTable(&widest, INV_FREQ, ATTENTION_FACTOR);
     bool complete = rsrc->input_embd && rsrc->output_norm && rsrc->output_embd && rsrc->sin_table && rsrc->cos_table;
     for (size_t layer = 0; layer < NLAYER && complete; ++layer) {
         rsrc->attn_norm.push_back(getAttnNorm(meta, weights, layer));
@@ -558,15 +564,15 @@ static infiniStatus_t attendDecode(const DeviceResource &rsrc, const DecodePlan 
     const Context &context = rsrc.context;
     const size_t pos = request.pos;
     // k_cache_new [2, cap, 32] = rearrange_into(k_cache [2, cap, 32], k_heads [2, 1, 32])
-    QWEN3_TRY(plan.k_cache_new.run(context, keys + 32 * pos * ELEM, k));
+    QWEN3_TRY(plan.k_cache_new.run(context, "k_cache_new", keys + 32 * pos * ELEM, k));
     // v_cache_new [2, cap, 32] = rearrange_into(v_cache [2, cap, 32], v_heads [2, 1, 32])
-    QWEN3_TRY(plan.v_cache_new.run(context, values + 32 * pos * ELEM, v));
+    QWEN3_TRY(plan.v_cache_new.run(context, "v_cache_new", values + 32 * pos * ELEM, v));
     // scores [2, 3, total] = gemm(q_heads [2, 3, 32], keys_t [2, 32, total])
-    QWEN3_TRY(plan.scores.run(context, s.scores, q, keys, 0.17677669f, 0.0f));
+    QWEN3_TRY(plan.scores.run(context, "scores", s.scores, q, keys, 0.17677669f, 0.0f));
     // probs [6, 1, total] = causal_softmax(score_rows [6, 1, total])
-    QWEN3_TRY(plan.probs.run(context, s.scores, s.scores));
+    QWEN3_TRY(plan.probs.run(context, "probs", s.scores, s.scores));
     // mixed [2, 3, 32] = gemm(weights [2, 3, total], values [2, total, 32])
-    QWEN3_TRY(plan.mixed.run(context, out, s.scores, values, 1.0f, 0.0f));
+    QWEN3_TRY(plan.mixed.run(context, "mixed", out, s.scores, values, 1.0f, 0.0f));
     return INFINI_STATUS_SUCCESS;
 }
 
@@ -575,19 +581,19 @@ static infiniStatus_t attendPrefill(const DeviceResource &rsrc, const PrefillPla
     const Context &context = rsrc.context;
     const size_t pos = request.pos;
     // k_cache_new [2, cap, 32] = rearrange_into(k_cache [2, cap, 32], k_heads [2, len, 32])
-    QWEN3_TRY(plan.k_cache_new.run(context, keys + 32 * pos * ELEM, k));
+    QWEN3_TRY(plan.k_cache_new.run(context, "k_cache_new", keys + 32 * pos * ELEM, k));
     // v_cache_new [2, cap, 32] = rearrange_into(v_cache [2, cap, 32], v_heads [2, len, 32])
-    QWEN3_TRY(plan.v_cache_new.run(context, values + 32 * pos * ELEM, v));
+    QWEN3_TRY(plan.v_cache_new.run(context, "v_cache_new", values + 32 * pos * ELEM, v));
     // q_packed [6, len, 32] = rearrange(q_rows [6, len, 32])
-    QWEN3_TRY(plan.q_packed.run(context, s.q_packed, q));
+    QWEN3_TRY(plan.q_packed.run(context, "q_packed", s.q_packed, q));
     // scores [2, 3*len, total] = gemm(q_heads [2, 3*len, 32], keys_t [2, 32, total])
-    QWEN3_TRY(plan.scores.run(context, s.scores, s.q_packed, keys, 0.17677669f, 0.0f));
+    QWEN3_TRY(plan.scores.run(context, "scores", s.scores, s.q_packed, keys, 0.17677669f, 0.0f));
     // probs [6, len, total] = causal_softmax(score_rows [6, len, total])
-    QWEN3_TRY(plan.probs.run(context, s.scores, s.scores));
+    QWEN3_TRY(plan.probs.run(context, "probs", s.scores, s.scores));
     // mixed [2, 3*len, 32] = gemm(weights [2, 3*len, total], values [2, total, 32])
-    QWEN3_TRY(plan.mixed.run(context, s.mixed, s.scores, values, 1.0f, 0.0f));
+    QWEN3_TRY(plan.mixed.run(context, "mixed", s.mixed, s.scores, values, 1.0f, 0.0f));
     // out [len, 6, 32] = rearrange(mixed_tokens [len, 6, 32])
-    QWEN3_TRY(plan.out.run(context, out, s.mixed));
+    QWEN3_TRY(plan.out.run(context, "out", out, s.mixed));
     return INFINI_STATUS_SUCCESS;
 }
 
@@ -616,19 +622,19 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
     for (size_t layer = 0; layer < NLAYER; ++layer) {
         // attn_norm_out [T, 160] = rms_norm(hidden [T, 160], attn_norm [160])
         // from /model/layers.*/input_layernorm/RMSNormalization, /model/layers.*/Add_1
-        QWEN3_TRY(plan->attn_norm_out.run(context, s.attn_norm_out, s.hidden, rsrc.attn_norm[layer]->data()));
+        QWEN3_TRY(plan->attn_norm_out.run(context, "attn_norm_out", s.attn_norm_out, s.hidden, rsrc.attn_norm[layer]->data()));
         // qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
         // from /model/layers.*/self_attn/q_proj/MatMul, /model/layers.*/self_attn/k_proj/MatMul, /model/layers.*/self_attn/v_proj/MatMul
-        QWEN3_TRY(plan->qkv.run(context, s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan->qkv.run(context, "qkv", s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
         // q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_norm.run(context, s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
+        QWEN3_TRY(plan->q_rope_norm.run(context, "q_rope_norm", s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
         // k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
         // from /model/layers.*/self_attn/k_norm/RMSNormalization, /model/layers.*/self_attn/k_rope/RotaryEmbedding
-        QWEN3_TRY(plan->k_rope_norm.run(context, s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
+        QWEN3_TRY(plan->k_rope_norm.run(context, "k_rope_norm", s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
         // qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->qk_rope.run(context, s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
+        QWEN3_TRY(plan->qk_rope.run(context, "qk_rope", s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
         // attn [T, 6, 32], k_cache_out [R, 2, C, 32], v_cache_out [R, 2, C, 32] = requests(q_rope [T, 6, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], k_cache [R, 2, C, 32], v_cache [R, 2, C, 32], lens [R], starts [R])
         // from /model/layers.*/self_attn/Attention
         for (const Request &request : requests) {
@@ -645,29 +651,29 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
         }
         // o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
         // from /model/layers.*/self_attn/o_proj/MatMul
-        QWEN3_TRY(plan->o.run(context, s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
+        QWEN3_TRY(plan->o.run(context, "o", s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
         // hidden_mid [T, 160] = add(hidden [T, 160], o [T, 160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->hidden_mid.run(context, s.hidden, s.hidden, s.o));
+        QWEN3_TRY(plan->hidden_mid.run(context, "hidden_mid", s.hidden, s.hidden, s.o));
         // ffn_norm_out [T, 160] = rms_norm(hidden_mid [T, 160], ffn_norm [160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->attn_norm_out.run(context, s.ffn_norm_out, s.hidden, rsrc.ffn_norm[layer]->data()));
+        QWEN3_TRY(plan->attn_norm_out.run(context, "ffn_norm_out", s.ffn_norm_out, s.hidden, rsrc.ffn_norm[layer]->data()));
         // gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
         // from /model/layers.*/mlp/gate_proj/MatMul, /model/layers.*/mlp/up_proj/MatMul
-        QWEN3_TRY(plan->gate_up.run(context, s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan->gate_up.run(context, "gate_up", s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
         // ffn [T, 384] = swiglu(up [T, 384], gate [T, 384])
         // from /model/layers.*/mlp/act_fn/Sigmoid, /model/layers.*/mlp/act_fn/Mul, /model/layers.*/mlp/Mul
-        QWEN3_TRY(plan->ffn.run(context, s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
+        QWEN3_TRY(plan->ffn.run(context, "ffn", s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
         // down [T, 160] = gemm(ffn [T, 384], ffn_down.t [384, 160])
         // from /model/layers.*/mlp/down_proj/MatMul
-        QWEN3_TRY(plan->down.run(context, s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
+        QWEN3_TRY(plan->down.run(context, "down", s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
         // hidden_2 [T, 160] = add(hidden_mid [T, 160], down [T, 160])
         // from /model/layers.*/Add_1, /model/layers.*/input_layernorm/RMSNormalization, /model/norm/RMSNormalization
-        QWEN3_TRY(plan->hidden_mid.run(context, s.hidden, s.hidden, s.down));
+        QWEN3_TRY(plan->hidden_mid.run(context, "hidden_2", s.hidden, s.hidden, s.down));
     }
     // final_norm [T, 160] = rms_norm(hidden.4 [T, 160], output_norm [160])
     // from /model/layers.*/Add_1, /model/norm/RMSNormalization
-    QWEN3_TRY(plan->attn_norm_out.run(context, s.final_norm, s.hidden, rsrc.output_norm->data()));
+    QWEN3_TRY(plan->attn_norm_out.run(context, "final_norm", s.final_norm, s.hidden, rsrc.output_norm->data()));
     // final_norm_rows [L, 160] = copy_chosen_rows(final_norm [T, 160], rows [L])
     for (size_t i = 0; i < L; ++i) {
         const std::byte *row = s.final_norm + static_cast<size_t>(host.rows[i]) * (160 * ELEM);
@@ -675,7 +681,7 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
     }
     // logits [L, 608] = gemm(final_norm_rows [L, 160], input_embd.t [160, 608])
     // from /lm_head/MatMul
-    QWEN3_TRY(plan->logits.run(context, s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
+    QWEN3_TRY(plan->logits.run(context, "logits", s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
     *logits = s.logits;
     for (uint32_t r = 0; r < batch.nreq; ++r) {
         batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
@@ -707,6 +713,15 @@ namespace {
 
 infiniStatus_t badParam(const std::string &what) { return fail(INFINI_STATUS_BAD_PARAM, what); }
 
+// Record a failure where even that may fail: nothing is thrown across the C interface.
+infiniStatus_t failInHandler(infiniStatus_t status, const char *what) noexcept {
+    try {
+        return fail(status, what);
+    } catch (...) {
+        return status;
+    }
+}
+
 // Run a function of a model alone, on the model's device, and turn a failed host allocation into a status.
 template <typename Function>
 infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function function) {
@@ -719,7 +734,9 @@ infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function funct
         QWEN3_CHECK(infinirtSetDevice(DEVICE, model->device.device_id), "infinirtSetDevice");
         return function();
     } catch (const std::bad_alloc &) {
-        return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, std::string(name) + ": out of host memory");
+        return failInHandler(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "out of host memory");
+    } catch (...) {
+        return failInHandler(INFINI_STATUS_INTERNAL_ERROR, "an exception of the C++ library");
     }
 }
 
@@ -838,7 +855,11 @@ infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, std::byte **logit
     QWEN3_TRY(checkBatch(model, batch));
     DeviceResource &rsrc = model.device;
     QWEN3_TRY(makeRoom(rsrc.context, rsrc.kv, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
-    return inferDeviceBatch(model.meta, rsrc, batch, logits);
+    const infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, batch, logits);
+    if (status != INFINI_STATUS_SUCCESS) {
+        infinirtStreamSynchronize(rsrc.context.stream); // what was queued reads memory that the next step reuses
+    }
+    return status;
 }
 
 infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
@@ -847,6 +868,7 @@ infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
 
 // Copy tokens start .. start + ntokens between a cache and host memory [NLAYER, 2, NKVH, ntokens, DH].
 infiniStatus_t copyCache(DeviceResource &rsrc, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
+    QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize (KV cache)");
     for (size_t layer = 0; layer < NLAYER; ++layer) {
         for (std::byte *base : {keysOf(rsrc.kv, cache, layer), valuesOf(rsrc.kv, cache, layer)}) {
             for (size_t head = 0; head < NKVH; ++head) {
@@ -904,7 +926,10 @@ Qwen3Model *createQwen3Model(const Qwen3Meta *meta, const Qwen3Weights *weights,
         }
         return model.release();
     } catch (const std::bad_alloc &) {
-        fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "createQwen3Model: out of host memory");
+        qwen3::failInHandler(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "out of host memory");
+        return nullptr;
+    } catch (...) {
+        qwen3::failInHandler(INFINI_STATUS_INTERNAL_ERROR, "an exception of the C++ library");
         return nullptr;
     }
 }
@@ -937,7 +962,7 @@ infiniStatus_t inferBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t nt
             // InfiniCore takes 0 for "give me the best": the smallest number above it samples the same.
             const float value = std::min(std::max(random_val ? random_val[r] : uniform(rsrc.random), 1e-9f), 0.99999994f);
             const int32_t k = static_cast<int32_t>(std::min(topk[r], qwen3::DVOC));
-            QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, rsrc.sampled.data() + r * sizeof(int64_t), logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
+            QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, "sample", rsrc.sampled.data() + r * sizeof(int64_t), logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
         }
         std::vector<int64_t> sampled(nreq);
         QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize");
@@ -1034,6 +1059,7 @@ uint32_t lengthKVCache(const Qwen3KVCache *cache) { return cache ? cache->length
 infiniStatus_t dropKVCache(Qwen3Model *model, Qwen3KVCache *cache) {
     return guarded(model, "dropKVCache", [&]() -> infiniStatus_t {
         QWEN3_TRY(qwen3::findCache(*model, cache));
+        QWEN3_CHECK(infinirtStreamSynchronize(model->device.context.stream), "infinirtStreamSynchronize (KV cache)"); // before its memory goes
         model->device.kv.count(0, cache->memory.size());
         model->caches.erase(cache);
         return INFINI_STATUS_SUCCESS;
@@ -1072,7 +1098,6 @@ infiniStatus_t importKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t st
             return badParam("importKVCache: host is null, or tokens " + std::to_string(start) + " + " + std::to_string(ntokens) + " do not follow " + std::to_string(cache->length));
         }
         QWEN3_TRY(qwen3::makeRoom(model->device.context, model->device.kv, &cache, &start, &ntokens, 1));
-        QWEN3_CHECK(infinirtStreamSynchronize(model->device.context.stream), "infinirtStreamSynchronize");
         QWEN3_TRY(qwen3::copyCache(model->device, *cache, start, ntokens, const_cast<std::byte *>(static_cast<const std::byte *>(host)), INFINIRT_MEMCPY_H2D));
         cache->length = start + ntokens;
         return INFINI_STATUS_SUCCESS;

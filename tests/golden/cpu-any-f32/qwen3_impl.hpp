@@ -24,7 +24,7 @@
 
 extern "C" {
 
-// What a model is. Everything but dctx and the scales must equal what the engine was compiled for.
+// What a model is. Everything but dctx, end_token and the scales must equal what the engine was compiled for.
 struct Qwen3Meta {
     infiniDtype_t dt_logits; // dtype of activations and logits
     uint32_t nlayer;         // transformer layers
@@ -328,8 +328,8 @@ class Op {
     using Desc = decltype(descriptorOf(Destroy));
 
 public:
-    // call: the C function's name; what: the value that it computes.
-    Op(const char *call, const char *what) : _call(call), _what(what) {}
+    // call: the C function's name.
+    explicit Op(const char *call) : _call(call) {}
     Op(const Op &) = delete;
     Op &operator=(const Op &) = delete;
     ~Op() {
@@ -339,7 +339,7 @@ public:
     }
 
     template <typename... Args>
-    infiniStatus_t create(const Context &context, const Args &...args) {
+    infiniStatus_t create(const Context &context, const char *what, const Args &...args) {
         infiniStatus_t status = INFINI_STATUS_SUCCESS;
         // A tensor descriptor that could not be made must not reach Create: InfiniCore would read through it.
         ((status = status == INFINI_STATUS_SUCCESS ? statusOf(args) : status), ...);
@@ -352,17 +352,17 @@ public:
             }
         }
         if (status != INFINI_STATUS_SUCCESS) {
-            return fail(status, std::string("creating ") + _call + " (" + _what + ")");
+            return fail(status, std::string("creating ") + _call + " (" + what + ")");
         }
         ++context.counters->descriptors_created;
         return status;
     }
 
-    // Outputs, inputs and scalars in the call's own order.
+    // what: the value that is computed. Then outputs, inputs and scalars in the call's own order.
     template <typename... Args>
-    infiniStatus_t run(const Context &context, Args... args) const {
+    infiniStatus_t run(const Context &context, const char *what, Args... args) const {
         if (context.trace) {
-            std::fprintf(stderr, "%s %s\n", _call, _what);
+            std::fprintf(stderr, "%s %s\n", _call, what);
         }
         infiniStatus_t status;
         if constexpr (std::is_same_v<decltype(Workspace), std::nullptr_t>) {
@@ -371,7 +371,7 @@ public:
             status = Call(_desc, context.workspace, context.workspace_size, args..., context.stream);
         }
         if (status != INFINI_STATUS_SUCCESS) {
-            return fail(status, std::string(_call) + " (" + _what + ")");
+            return fail(status, std::string(_call) + " (" + what + ")");
         }
         return status;
     }
@@ -382,7 +382,6 @@ private:
     Desc _desc = nullptr;
     size_t _workspace_size = 0;
     const char *_call;
-    const char *_what;
 };
 
 #define QWEN3_OP(NAME) Op<infiniopCreate##NAME##Descriptor, infiniopGet##NAME##WorkspaceSize, infiniop##NAME, infiniopDestroy##NAME##Descriptor>

@@ -117,22 +117,22 @@ TensorDesc weightDesc(size_t rows, size_t cols, bool transposed) {
 }
 
 struct StepPlan {
-    Embedding hidden_0{"infiniopEmbedding", "hidden.0"};
-    RMSNorm attn_norm_out_0{"infiniopRMSNorm", "attn_norm_out.0"};
-    Gemm qkv{"infiniopGemm", "qkv"};
-    RMSNorm q_rope_norm{"infiniopRMSNorm", "q_rope_norm"};
-    RMSNorm k_rope_norm{"infiniopRMSNorm", "k_rope_norm"};
-    RoPE qk_rope{"infiniopRoPE", "qk_rope"};
-    PagedCaching k_cache_out{"infiniopPagedCaching", "k_cache_out"};
-    PagedAttention attn_decode{"infiniopPagedAttention", "attn_decode"};
-    PagedAttentionPrefill attn_prefill{"infiniopPagedAttentionPrefill", "attn_prefill"};
-    Gemm o{"infiniopGemm", "o"};
-    AddRMSNorm ffn_norm_out{"infiniopAddRMSNorm", "ffn_norm_out"};
-    Gemm gate_up{"infiniopGemm", "gate_up"};
-    SwiGLU ffn{"infiniopSwiGLU", "ffn"};
-    Gemm down{"infiniopGemm", "down"};
-    Embedding final_norm_rows{"infiniopEmbedding", "final_norm_rows"};
-    Gemm logits{"infiniopGemm", "logits"};
+    Embedding hidden_0{"infiniopEmbedding"};
+    RMSNorm attn_norm_out_0{"infiniopRMSNorm"};
+    Gemm qkv{"infiniopGemm"};
+    RMSNorm q_rope_norm{"infiniopRMSNorm"};
+    RMSNorm k_rope_norm{"infiniopRMSNorm"};
+    RoPE qk_rope{"infiniopRoPE"};
+    PagedCaching k_cache_out{"infiniopPagedCaching"};
+    PagedAttention attn_decode{"infiniopPagedAttention"};
+    PagedAttentionPrefill attn_prefill{"infiniopPagedAttentionPrefill"};
+    Gemm o{"infiniopGemm"};
+    AddRMSNorm ffn_norm_out{"infiniopAddRMSNorm"};
+    Gemm gate_up{"infiniopGemm"};
+    SwiGLU ffn{"infiniopSwiGLU"};
+    Gemm down{"infiniopGemm"};
+    Embedding final_norm_rows{"infiniopEmbedding"};
+    Gemm logits{"infiniopGemm"};
     size_t workspace_size = 0;
 
     infiniStatus_t build(const Context &context, const StepShape &shape, uint32_t pool_blocks, bool transposed);
@@ -140,26 +140,26 @@ struct StepPlan {
 
 infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, uint32_t pool_blocks, bool transposed) {
     const size_t T = shape.tokens, L = shape.rows, R = shape.requests, B = pool_blocks, M = shape.blocks, ND = shape.decodes, NP = R - ND;
-    QWEN3_TRY(hidden_0.create(context, TensorDesc(DT, {T, 160}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {608, 160})));
-    QWEN3_TRY(attn_norm_out_0.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
-    QWEN3_TRY(qkv.create(context, TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
-    QWEN3_TRY(q_rope_norm.create(context, TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(k_rope_norm.create(context, TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(qk_rope.create(context, TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
-    QWEN3_TRY(k_cache_out.create(context, TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(INFINI_DTYPE_I64, {T})));
+    QWEN3_TRY(hidden_0.create(context, "hidden.0", TensorDesc(DT, {T, 160}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {608, 160})));
+    QWEN3_TRY(attn_norm_out_0.create(context, "attn_norm_out.0", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
+    QWEN3_TRY(qkv.create(context, "qkv", TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
+    QWEN3_TRY(q_rope_norm.create(context, "q_rope_norm", TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
+    QWEN3_TRY(k_rope_norm.create(context, "k_rope_norm", TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
+    QWEN3_TRY(qk_rope.create(context, "qk_rope", TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
+    QWEN3_TRY(k_cache_out.create(context, "k_cache_out", TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(INFINI_DTYPE_I64, {T})));
     if (ND != 0) {
-        QWEN3_TRY(attn_decode.create(context, TensorDesc(DT, {ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {ND, M}), TensorDesc(INFINI_DTYPE_I32, {ND}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
+        QWEN3_TRY(attn_decode.create(context, "attn_decode", TensorDesc(DT, {ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {ND, M}), TensorDesc(INFINI_DTYPE_I32, {ND}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
     }
     if (NP != 0) {
-        QWEN3_TRY(attn_prefill.create(context, TensorDesc(DT, {T - ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {T - ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {NP, M}), TensorDesc(INFINI_DTYPE_I32, {NP}), TensorDesc(INFINI_DTYPE_I32, {NP + 1}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
+        QWEN3_TRY(attn_prefill.create(context, "attn_prefill", TensorDesc(DT, {T - ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {T - ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {NP, M}), TensorDesc(INFINI_DTYPE_I32, {NP}), TensorDesc(INFINI_DTYPE_I32, {NP + 1}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
     }
-    QWEN3_TRY(o.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 192}), weightDesc(160, 192, transposed)));
-    QWEN3_TRY(ffn_norm_out.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
-    QWEN3_TRY(gate_up.create(context, TensorDesc(DT, {T, 768}), TensorDesc(DT, {T, 160}), weightDesc(768, 160, transposed)));
-    QWEN3_TRY(ffn.create(context, TensorDesc(DT, {T, 384}), TensorDesc(DT, {T, 384}, {768, 1}), TensorDesc(DT, {T, 384}, {768, 1})));
-    QWEN3_TRY(down.create(context, TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
-    QWEN3_TRY(final_norm_rows.create(context, TensorDesc(DT, {L, 160}), TensorDesc(INFINI_DTYPE_I32, {L}), TensorDesc(DT, {T, 160})));
-    QWEN3_TRY(logits.create(context, TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
+    QWEN3_TRY(o.create(context, "o", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 192}), weightDesc(160, 192, transposed)));
+    QWEN3_TRY(ffn_norm_out.create(context, "ffn_norm_out", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
+    QWEN3_TRY(gate_up.create(context, "gate_up", TensorDesc(DT, {T, 768}), TensorDesc(DT, {T, 160}), weightDesc(768, 160, transposed)));
+    QWEN3_TRY(ffn.create(context, "ffn", TensorDesc(DT, {T, 384}), TensorDesc(DT, {T, 384}, {768, 1}), TensorDesc(DT, {T, 384}, {768, 1})));
+    QWEN3_TRY(down.create(context, "down", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
+    QWEN3_TRY(final_norm_rows.create(context, "final_norm_rows", TensorDesc(DT, {L, 160}), TensorDesc(INFINI_DTYPE_I32, {L}), TensorDesc(DT, {T, 160})));
+    QWEN3_TRY(logits.create(context, "logits", TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
     for (const size_t size : {hidden_0.workspaceSize(), attn_norm_out_0.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), qk_rope.workspaceSize(), k_cache_out.workspaceSize(), attn_decode.workspaceSize(), attn_prefill.workspaceSize(), o.workspaceSize(), ffn_norm_out.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), final_norm_rows.workspaceSize(), logits.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
@@ -168,14 +168,14 @@ infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, u
 }
 
 struct SamplePlan {
-    RandomSample sample{"infiniopRandomSample", "sample"};
+    RandomSample sample{"infiniopRandomSample"};
     size_t workspace_size = 0;
 
     infiniStatus_t build(const Context &context, size_t vocabulary);
 };
 
 infiniStatus_t SamplePlan::build(const Context &context, size_t vocabulary) {
-    QWEN3_TRY(sample.create(context, TensorDesc(INFINI_DTYPE_I64, {}), TensorDesc(DT, {vocabulary})));
+    QWEN3_TRY(sample.create(context, "sample", TensorDesc(INFINI_DTYPE_I64, {}), TensorDesc(DT, {vocabulary})));
     for (const size_t size : {sample.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
@@ -236,7 +236,10 @@ public:
             return INFINI_STATUS_SUCCESS;
         }
         const uint32_t blocks = blocksFor(_tokens);
-        QWEN3_TRY(_memory.reserve(context, 2 * size_t{NLAYER} * blocks * BLOCK_BYTES, "KV pool"));
+        const size_t bytes = 2 * size_t{NLAYER} * blocks * BLOCK_BYTES;
+        if (_memory.reserve(context, bytes, "KV pool") != INFINI_STATUS_SUCCESS) {
+            return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV pool of " + std::to_string(bytes) + " bytes");
+        }
         _blocks = blocks;
         _references.assign(blocks, 0);
         _free.resize(blocks);
@@ -431,8 +434,10 @@ infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta,
     rsrc->output_norm = getOutNorm(meta, weights);
     const bool tied = weights->output_embd == weights->input_embd && meta->scale_input == 1.0f;
     rsrc->output_embd = tied ? rsrc->input_embd : getOutEmbd(meta, weights);
-    rsrc->sin_table = getSinTable(meta, INV_FREQ, ATTENTION_FACTOR);
-    rsrc->cos_table = getCosTable(meta, INV_FREQ, ATTENTION_FACTOR);
+    Qwen3Meta widest = *meta; // the tables have the rows that their descriptors were compiled with
+    widest.dctx = DCTX;
+    rsrc->sin_table = getSinTable(&widest, INV_FREQ, ATTENTION_FACTOR);
+    rsrc->cos_table = getCosTable(&widest, INV_FREQ, ATTENTION_FACTOR);
     bool complete = rsrc->input_embd && rsrc->output_norm && rsrc->output_embd && rsrc->sin_table && rsrc->cos_table;
     for (size_t layer = 0; layer < NLAYER && complete; ++layer) {
         rsrc->attn_norm.push_back(getAttnNorm(meta, weights, layer));
@@ -590,59 +595,59 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
 
     // hidden.0 [T, 160] = embedding(tokens [T], input_embd [608, 160])
     // from /model/embed_tokens/Gather, /model/embed_tokens/Cast
-    QWEN3_TRY(plan->hidden_0.run(context, s.hidden, in.tokens, rsrc.input_embd->data()));
+    QWEN3_TRY(plan->hidden_0.run(context, "hidden.0", s.hidden, in.tokens, rsrc.input_embd->data()));
     // attn_norm_out.0 [T, 160] = rms_norm(hidden.0 [T, 160], attn_norm.0 [160])
     // from /model/layers.*/input_layernorm/RMSNormalization
-    QWEN3_TRY(plan->attn_norm_out_0.run(context, s.attn_norm_out, s.hidden, rsrc.attn_norm[0]->data()));
+    QWEN3_TRY(plan->attn_norm_out_0.run(context, "attn_norm_out.0", s.attn_norm_out, s.hidden, rsrc.attn_norm[0]->data()));
     for (size_t layer = 0; layer < NLAYER; ++layer) {
         // qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
         // from /model/layers.*/self_attn/q_proj/MatMul, /model/layers.*/self_attn/k_proj/MatMul, /model/layers.*/self_attn/v_proj/MatMul
-        QWEN3_TRY(plan->qkv.run(context, s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan->qkv.run(context, "qkv", s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
         // q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_norm.run(context, s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
+        QWEN3_TRY(plan->q_rope_norm.run(context, "q_rope_norm", s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
         // k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
         // from /model/layers.*/self_attn/k_norm/RMSNormalization, /model/layers.*/self_attn/k_rope/RotaryEmbedding
-        QWEN3_TRY(plan->k_rope_norm.run(context, s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
+        QWEN3_TRY(plan->k_rope_norm.run(context, "k_rope_norm", s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
         // qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->qk_rope.run(context, s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
+        QWEN3_TRY(plan->qk_rope.run(context, "qk_rope", s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
         // k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32] = paged_caching(k_cache [B, 2, 16, 32], v_cache [B, 2, 16, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], slots [T])
         // from /model/layers.*/self_attn/Attention
-        QWEN3_TRY(plan->k_cache_out.run(context, rsrc.kv.keys(layer), rsrc.kv.values(layer), s.qk_rope_norm + 192 * ELEM, s.qkv + 256 * ELEM, in.slots));
+        QWEN3_TRY(plan->k_cache_out.run(context, "k_cache_out", rsrc.kv.keys(layer), rsrc.kv.values(layer), s.qk_rope_norm + 192 * ELEM, s.qkv + 256 * ELEM, in.slots));
         // attn [T, 6, 32] = paged_attention_ragged(q_rope [T, 6, 32], k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
         // from /model/layers.*/self_attn/Attention
         if (shape.decodes != 0) {
-            QWEN3_TRY(plan->attn_decode.run(context, s.attn, s.qk_rope_norm, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables, in.seq_lens, nullptr));
+            QWEN3_TRY(plan->attn_decode.run(context, "attn", s.attn, s.qk_rope_norm, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables, in.seq_lens, nullptr));
         }
         // attn: the other requests
         if (shape.decodes != shape.requests) {
-            QWEN3_TRY(plan->attn_prefill.run(context, s.attn + shape.decodes * 192 * ELEM, s.qk_rope_norm + shape.decodes * 256 * ELEM, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables + size_t{shape.decodes} * shape.blocks, in.seq_lens + shape.decodes, in.cu_lens, nullptr));
+            QWEN3_TRY(plan->attn_prefill.run(context, "attn", s.attn + shape.decodes * 192 * ELEM, s.qk_rope_norm + shape.decodes * 256 * ELEM, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables + size_t{shape.decodes} * shape.blocks, in.seq_lens + shape.decodes, in.cu_lens, nullptr));
         }
         // o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
         // from /model/layers.*/self_attn/o_proj/MatMul
-        QWEN3_TRY(plan->o.run(context, s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
+        QWEN3_TRY(plan->o.run(context, "o", s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
         // ffn_norm_out [T, 160], hidden_mid [T, 160] = add_rms_norm(hidden [T, 160], o [T, 160], ffn_norm [160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->ffn_norm_out.run(context, s.ffn_norm_out, s.hidden, s.hidden, s.o, rsrc.ffn_norm[layer]->data()));
+        QWEN3_TRY(plan->ffn_norm_out.run(context, "ffn_norm_out", s.ffn_norm_out, s.hidden, s.hidden, s.o, rsrc.ffn_norm[layer]->data()));
         // gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
         // from /model/layers.*/mlp/gate_proj/MatMul, /model/layers.*/mlp/up_proj/MatMul
-        QWEN3_TRY(plan->gate_up.run(context, s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan->gate_up.run(context, "gate_up", s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
         // ffn [T, 384] = swiglu(up [T, 384], gate [T, 384])
         // from /model/layers.*/mlp/act_fn/Sigmoid, /model/layers.*/mlp/act_fn/Mul, /model/layers.*/mlp/Mul
-        QWEN3_TRY(plan->ffn.run(context, s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
+        QWEN3_TRY(plan->ffn.run(context, "ffn", s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
         // down [T, 160] = gemm(ffn [T, 384], ffn_down.t [384, 160])
         // from /model/layers.*/mlp/down_proj/MatMul
-        QWEN3_TRY(plan->down.run(context, s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
+        QWEN3_TRY(plan->down.run(context, "down", s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
         // attn_norm_out_2 [T, 160], hidden_2 [T, 160] = add_rms_norm(hidden_mid [T, 160], down [T, 160], attn_norm [160])
         // from /model/layers.*/Add_1, /model/layers.*/input_layernorm/RMSNormalization, /model/norm/RMSNormalization
-        QWEN3_TRY(plan->ffn_norm_out.run(context, s.attn_norm_out, s.hidden, s.hidden, s.down, (layer + 1 < NLAYER ? rsrc.attn_norm[layer + 1] : rsrc.output_norm)->data()));
+        QWEN3_TRY(plan->ffn_norm_out.run(context, "attn_norm_out_2", s.attn_norm_out, s.hidden, s.hidden, s.down, (layer + 1 < NLAYER ? rsrc.attn_norm[layer + 1] : rsrc.output_norm)->data()));
     }
     // final_norm_rows [L, 160] = gather_rows(final_norm [T, 160], rows [L])
-    QWEN3_TRY(plan->final_norm_rows.run(context, s.final_norm_rows, in.rows, s.attn_norm_out));
+    QWEN3_TRY(plan->final_norm_rows.run(context, "final_norm_rows", s.final_norm_rows, in.rows, s.attn_norm_out));
     // logits [L, 608] = gemm(final_norm_rows [L, 160], input_embd.t [160, 608])
     // from /lm_head/MatMul
-    QWEN3_TRY(plan->logits.run(context, s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
+    QWEN3_TRY(plan->logits.run(context, "logits", s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
     *logits = s.logits;
     for (uint32_t r = 0; r < batch.nreq; ++r) {
         batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
@@ -674,6 +679,15 @@ namespace {
 
 infiniStatus_t badParam(const std::string &what) { return fail(INFINI_STATUS_BAD_PARAM, what); }
 
+// Record a failure where even that may fail: nothing is thrown across the C interface.
+infiniStatus_t failInHandler(infiniStatus_t status, const char *what) noexcept {
+    try {
+        return fail(status, what);
+    } catch (...) {
+        return status;
+    }
+}
+
 // Run a function of a model alone, on the model's device, and turn a failed host allocation into a status.
 template <typename Function>
 infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function function) {
@@ -686,7 +700,9 @@ infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function funct
         QWEN3_CHECK(infinirtSetDevice(DEVICE, model->device.device_id), "infinirtSetDevice");
         return function();
     } catch (const std::bad_alloc &) {
-        return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, std::string(name) + ": out of host memory");
+        return failInHandler(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "out of host memory");
+    } catch (...) {
+        return failInHandler(INFINI_STATUS_INTERNAL_ERROR, "an exception of the C++ library");
     }
 }
 
@@ -805,7 +821,11 @@ infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, std::byte **logit
     QWEN3_TRY(checkBatch(model, batch));
     DeviceResource &rsrc = model.device;
     QWEN3_TRY(makeRoom(rsrc.context, rsrc.kv, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
-    return inferDeviceBatch(model.meta, rsrc, batch, logits);
+    const infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, batch, logits);
+    if (status != INFINI_STATUS_SUCCESS) {
+        infinirtStreamSynchronize(rsrc.context.stream); // what was queued reads memory that the next step reuses
+    }
+    return status;
 }
 
 infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
@@ -814,6 +834,7 @@ infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
 
 // Copy tokens start .. start + ntokens between a cache and host memory [NLAYER, 2, NKVH, ntokens, DH].
 infiniStatus_t copyCache(DeviceResource &rsrc, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
+    QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize (KV cache)");
     for (size_t layer = 0; layer < NLAYER; ++layer) {
         for (std::byte *base : {keysOf(rsrc.kv, cache, layer), valuesOf(rsrc.kv, cache, layer)}) {
             for (size_t head = 0; head < NKVH; ++head) {
@@ -871,7 +892,10 @@ Qwen3Model *createQwen3Model(const Qwen3Meta *meta, const Qwen3Weights *weights,
         }
         return model.release();
     } catch (const std::bad_alloc &) {
-        fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "createQwen3Model: out of host memory");
+        qwen3::failInHandler(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "out of host memory");
+        return nullptr;
+    } catch (...) {
+        qwen3::failInHandler(INFINI_STATUS_INTERNAL_ERROR, "an exception of the C++ library");
         return nullptr;
     }
 }
@@ -904,7 +928,7 @@ infiniStatus_t inferBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t nt
             // InfiniCore takes 0 for "give me the best": the smallest number above it samples the same.
             const float value = std::min(std::max(random_val ? random_val[r] : uniform(rsrc.random), 1e-9f), 0.99999994f);
             const int32_t k = static_cast<int32_t>(std::min(topk[r], qwen3::DVOC));
-            QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, rsrc.sampled.data() + r * sizeof(int64_t), logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
+            QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, "sample", rsrc.sampled.data() + r * sizeof(int64_t), logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
         }
         std::vector<int64_t> sampled(nreq);
         QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize");
@@ -1039,7 +1063,6 @@ infiniStatus_t importKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t st
             return badParam("importKVCache: host is null, or tokens " + std::to_string(start) + " + " + std::to_string(ntokens) + " do not follow " + std::to_string(cache->length));
         }
         QWEN3_TRY(qwen3::makeRoom(model->device.context, model->device.kv, &cache, &start, &ntokens, 1));
-        QWEN3_CHECK(infinirtStreamSynchronize(model->device.context.stream), "infinirtStreamSynchronize");
         QWEN3_TRY(qwen3::copyCache(model->device, *cache, start, ntokens, const_cast<std::byte *>(static_cast<const std::byte *>(host)), INFINIRT_MEMCPY_H2D));
         cache->length = start + ntokens;
         return INFINI_STATUS_SUCCESS;
