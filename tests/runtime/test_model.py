@@ -539,7 +539,8 @@ def test_bad_builds(fake_library: Path, tmp_path: Path, no_infinicore: None) -> 
 
 
 def test_an_emitted_folder_that_was_compiled_by_hand(fake_library: Path, tmp_path: Path, no_infinicore: None) -> None:
-    build = fakes.write_build(tmp_path / "out", fakes.write_checkpoint(tmp_path / "model"), fake_library, library=None)
+    build = fakes.write_build(tmp_path / "out", fakes.write_checkpoint(tmp_path / "model"), fake_library)
+    edit_manifest(build, library=None)
     with Qwen3ForCausalLM(build=build) as model:
         assert len(answer(model, PROMPT, 2)) == 2
 
