@@ -16,8 +16,9 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from codegen import manifest as manifests
-from codegen.emit import Emitter, render
+from codegen.emit import Emitter
 from codegen.lower import Program, check_quant, lower
+from codegen.render import render
 from codegen.toolchain import LIBRARY, compile_engine, compiler
 from frontend.checkpoint import Checkpoint, check_weights
 from frontend.config import load_config

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from codegen import calls, cpp
-from codegen.calls import CALLS, CallSpec
+from codegen.calls import CALLS
 from codegen.facts import ModelFacts
+from codegen.names import layer_count, layer_expression, origin_text, readable, run_index, weight_expression
+from codegen.plans import PlanStruct
 from ir.errors import UnsupportedError
 from ir.graph import Graph, Node
 from ir.optable import with_defaults
@@ -23,44 +21,6 @@ from passes.targets import Target
 MAX_PLANS = 64
 LINEAR_ROLES = ("attn_qkv", "attn_o", "ffn_gate_up", "ffn_down")
 INPUT_TYPES = {"i32": "int32_t", "i64": "int64_t"}
-
-
-@dataclass
-class PlanMember:
-    """An operator of a plan: how it is declared and created."""
-
-    kind: str
-    member: str
-    what: str
-    create: list[str]
-    condition: str = ""
-
-
-@dataclass
-class PlanStruct:
-    """A struct of operators that are created together, for one shape."""
-
-    name: str
-    params: str
-    locals: list[str] = field(default_factory=list)
-    ops: list[PlanMember] = field(default_factory=list)
-    keys: dict[tuple, str] = field(default_factory=dict)
-    specs: dict[str, CallSpec] = field(default_factory=dict)
-
-    def member(self, spec: CallSpec, hint: str, create: list[str], condition: str = "") -> str:
-        """The operator with these create arguments: one that is there already serves again."""
-        key = (spec.name, tuple(create), condition)
-        if key in self.keys:
-            return self.keys[key]
-        name, taken = cpp.identifier(hint), {op.member for op in self.ops} | {"build", "workspace_size"}
-        unique, n = name, 1
-        while unique in taken:
-            n += 1
-            unique = f"{name}_{n}"
-        self.ops.append(PlanMember(spec.name, unique, hint, create, condition))
-        self.keys[key] = unique
-        self.specs[spec.name] = spec
-        return unique
 
 
 class Emitter:
@@ -471,23 +431,6 @@ class Emitter:
         )
 
 
-def render(context: Mapping[str, Any]) -> dict[str, str]:
-    """The emitted files' texts by name."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    form = "paged" if context["paged"] else "contiguous"
-    context = {**context, "kv_inputs": environment.get_template(f"_inputs_{form}.j2").render(context)}
-    files = ("qwen3.cpp", "qwen3_impl.hpp", "qwen3_weight.hpp", "qwen3.py", "CMakeLists.txt")
-    texts = {name: environment.get_template(name + ".j2").render(context).rstrip("\n") + "\n" for name in files}
-    return {name: cpp.align_comments(text) if name.endswith(("cpp", "hpp")) else text for name, text in texts.items()}
-
-
 def constants(facts: ModelFacts, target: Target) -> list[dict[str, str]]:
     """The model's constants as the top of qwen3.cpp shows them."""
     rows = [
@@ -519,58 +462,6 @@ def outline(program: list[dict[str, Any]]) -> list[str]:
     """The comments of one layer's calls: the op sequence at a glance."""
     loops = [p for p in program if p["loop"]]
     return [c["comment"] for c in (loops or program)[0]["calls"]]
-
-
-def readable(node: Node, i: int = 0) -> str:
-    """A result's name for comments and members, without numbers that only keep names apart."""
-    return node.outputs[i].name
-
-
-def origin_text(origin: tuple[str, ...]) -> str:
-    """The ONNX nodes behind a call; the layers' own are written once."""
-    texts = dict.fromkeys(re.sub(r"\blayers\.\d+", "layers.*", o) for o in origin)
-    shown = list(texts)[:3]
-    return ", ".join(shown) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
-
-
-def weight_expression(name: str) -> str:
-    """``attn_qkv.3`` -> ``rsrc.attn_qkv[3]->data()``."""
-    role, _, layer = name.partition(".")
-    return f"rsrc.{role}[{layer}]->data()" if layer else f"rsrc.{role}->data()"
-
-
-def layer_count(count: int, facts: ModelFacts) -> str:
-    return "NLAYER" if count == facts.nlayer else str(count)
-
-
-def layer_expression(names: Sequence[str], bound: str) -> str:
-    """The weight of run ``layer`` among these (see ``run_index``)."""
-    role = names[0].partition(".")[0]
-    index = run_index(names)
-    if index is not None:
-        return f"rsrc.{role}[{index}]->data()"
-    index = run_index(names[:-1])
-    if index is None:
-        raise UnsupportedError(f"weights {', '.join(names[:3])}.. follow no rule that a loop over layers could use")
-    last = weight_expression(names[-1]).removesuffix("->data()")
-    return f"(layer + 1 < {bound} ? rsrc.{role}[{index}] : {last})->data()"
-
-
-def run_index(names: Sequence[str]) -> str | None:
-    """The number behind names of one role as an expression of ``layer``: ``ffn_norm.1, ffn_norm.3, ..`` -> ``2 * layer + 1``; None if there is no rule."""
-    split = [name.partition(".") for name in names]
-    if len({role for role, _, _ in split}) != 1 or not all(number.isdigit() for _, _, number in split):
-        return None
-    numbers = [int(number) for _, _, number in split]
-    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    if step < 1 or numbers != [numbers[0] + i * step for i in range(len(numbers))]:
-        return None
-    return ("layer" if step == 1 else f"{step} * layer") + (f" + {numbers[0]}" if numbers[0] else "")
-
-
-def follows_rule(names: Sequence[str]) -> bool:
-    """Whether a loop's runs can find what they read under these names."""
-    return run_index(names) is not None or (len(names) > 2 and run_index(names[:-1]) is not None)
 
 
 def _foreign(name: str, plan: Plan) -> bool:

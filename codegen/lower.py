@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from codegen.emit import follows_rule
 from codegen.facts import ModelFacts, model_facts
+from codegen.names import follows_rule
 from ir.errors import UnsupportedError
 from ir.graph import Graph
 from passes.legalise import legalise
