@@ -80,8 +80,8 @@ def test_one_engine_gives_the_same_tokens_on_both(dtype, build_engine, tmp_path)
             assert relative_l2(got, want) <= 1e-5
         return
     # bf16: both libraries round each op's result the same way, so what one may lose against float32, the other may lose too. f16: InfiniCore's CPU
-    # backend truncates where we round to nearest. That costs up to a whole unit of 2^-10 each time, and always in one direction; rounding to
-    # bf16 costs up to 2^-9 and bounds it.
+    # backend truncates where we round to nearest. That costs up to a whole unit of 2^-10 each time, and always in one direction, so
+    # our f16 error is no measure for it; a single truncation costs no more than a rounding to bf16 (2^-9), and that is taken for the whole.
     yardstick = (
         embedded
         if dtype == "bf16"

@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from runtime.qwen3 import InferTask, Qwen3ForCausalLM
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3"
 SIZES = dict(nlayer=3, d=20, nh=6, nkvh=2, dh=8, di=28, dctx=96, dvoc=608)  # dvoc is the example tokenizer's
 EPSILON, THETA = 1e-6, 1e6
@@ -163,4 +165,20 @@ def compile_library(source: Path, out: Path, *flags: str) -> Path:
         str(source),
     ]
     subprocess.run([*command, *flags], check=True)
+    return out
+
+
+def answer(model: Qwen3ForCausalLM, prompt: list[int], steps: int, **sampling: Any) -> list[int]:
+    """The tokens of a request on its own."""
+    task = InferTask("alone", prompt, steps, **sampling)
+    return finish(model, [task])[0]
+
+
+def finish(model: Qwen3ForCausalLM, tasks: list[InferTask]) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in tasks]
+    while any(task.finish_reason is None for task in tasks):
+        running = [(i, task) for i, task in enumerate(tasks) if task.finish_reason is None]
+        for (i, task), token in zip(running, model.batch_infer_one_round([task for _, task in running])):
+            task.next(token)
+            out[i].append(token)
     return out

@@ -14,24 +14,9 @@ from runtime.errors import BuildError, CheckpointError, ConfigError, InfiniCoreE
 from runtime.qwen3 import InferTask, Qwen3ForCausalLM
 from runtime.structs import DeviceType
 from tests.runtime import fakes
+from tests.runtime.fakes import answer
 
 PROMPT = [5, 9, 2, 600, 14, 7, 7, 1]
-
-
-def answer(model: Qwen3ForCausalLM, prompt: list[int], steps: int, **sampling: Any) -> list[int]:
-    """The tokens of a request on its own."""
-    task = InferTask("alone", prompt, steps, **sampling)
-    return finish(model, [task])[0]
-
-
-def finish(model: Qwen3ForCausalLM, tasks: list[InferTask]) -> list[list[int]]:
-    out: list[list[int]] = [[] for _ in tasks]
-    while any(task.finish_reason is None for task in tasks):
-        running = [(i, task) for i, task in enumerate(tasks) if task.finish_reason is None]
-        for (i, task), token in zip(running, model.batch_infer_one_round([task for _, task in running])):
-            task.next(token)
-            out[i].append(token)
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------- engine
