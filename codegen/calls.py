@@ -1,6 +1,7 @@
-"""How each op of the stage "infini" becomes an InfiniCore call: which operands its create and call functions take, in which order.
+"""How a call of stage "infini" becomes an InfiniCore operator: names and argument orders, as data.
 
-``o0`` is the node's first result, ``i0`` its first operand. Order and arity are InfiniCore's C interface (main of 2026-08).
+An operand ``o0`` is the node's first result, ``i1`` its second operand; other entries are attributes. The orders are those of InfiniCore's main branch at 2cec6ce6
+(2026-08-08); ``OLDER`` has the orders that some ops had before, which an installation may still have (see codegen.installed).
 """
 
 from __future__ import annotations
@@ -14,43 +15,68 @@ class CallSpec:
 
     Attributes:
         name: NAME in infiniopCreateNAMEDescriptor.
-        operands: tensors, in the order that both create and call take them.
-        create: further arguments of create: attribute names.
-        call: further arguments of the call: attribute names.
+        create: what create takes after the handle and the descriptor's address: operands (as tensor descriptors) and attributes.
+        call: what the call takes between the workspace and the stream: operands (as pointers) and attributes.
         workspace: whether the operator takes one.
     """
 
     name: str
-    operands: tuple[str, ...]
-    create: tuple[str, ...] = ()
-    call: tuple[str, ...] = ()
+    create: tuple[str, ...]
+    call: tuple[str, ...]
     workspace: bool = True
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The tensors, in the order that create takes them."""
+        return tuple(a for a in self.create if is_operand(a))
+
+
+def is_operand(argument: str) -> bool:
+    return argument[0] in "io" and argument[1:].isdigit()
+
+
+def _spec(
+    name: str, operands: str, *, create: str = "", call: str = "", workspace: bool = True, order: str | None = None
+) -> CallSpec:
+    """Operands first, attributes after them, in both; ``order`` where the call takes the operands in another order."""
+    return CallSpec(
+        name, (*operands.split(), *create.split()), (*(order or operands).split(), *call.split()), workspace
+    )
 
 
 CALLS: dict[str, CallSpec] = {
-    "infini.gemm": CallSpec("Gemm", ("o0", "i0", "i1"), call=("alpha", "beta")),
-    "infini.rms_norm": CallSpec("RMSNorm", ("o0", "i0", "i1"), create=("epsilon",)),
-    "infini.add_rms_norm": CallSpec("AddRMSNorm", ("o0", "o1", "i0", "i1", "i2"), create=("epsilon",)),
-    "infini.add": CallSpec("Add", ("o0", "i0", "i1")),
-    "infini.mul": CallSpec("Mul", ("o0", "i0", "i1")),
-    "infini.silu": CallSpec("Silu", ("o0", "i0")),
-    "infini.swiglu": CallSpec("SwiGLU", ("o0", "i0", "i1")),
-    "infini.rope": CallSpec("RoPE", ("o0", "i0", "i1", "i2", "i3"), create=("algo",)),
-    "infini.causal_softmax": CallSpec("CausalSoftmax", ("o0", "i0")),
-    "infini.rearrange": CallSpec("Rearrange", ("o0", "i0"), workspace=False),
-    "infini.rearrange_into": CallSpec("Rearrange", ("o0", "i1"), workspace=False),
-    "infini.embedding": CallSpec("Embedding", ("o0", "i0", "i1"), workspace=False),
-    "infini.gather_rows": CallSpec("Embedding", ("o0", "i1", "i0"), workspace=False),
-    "infini.paged_caching": CallSpec("PagedCaching", ("o0", "o1", "i2", "i3", "i4")),
+    "infini.gemm": _spec("Gemm", "o0 i0 i1", call="alpha beta"),
+    "infini.rms_norm": _spec("RMSNorm", "o0 i0 i1", create="epsilon"),
+    "infini.add_rms_norm": _spec("AddRMSNorm", "o0 o1 i0 i1 i2", create="epsilon"),
+    "infini.add": _spec("Add", "o0 i0 i1"),
+    "infini.mul": _spec("Mul", "o0 i0 i1"),
+    "infini.silu": _spec("Silu", "o0 i0"),
+    "infini.swiglu": _spec("SwiGLU", "o0 i0 i1"),
+    "infini.rope": _spec("RoPE", "o0 i0 i1 i2 i3", create="algo"),
+    "infini.causal_softmax": _spec("CausalSoftmax", "o0 i0"),
+    "infini.rearrange": _spec("Rearrange", "o0 i0", workspace=False),
+    "infini.rearrange_into": _spec("Rearrange", "o0 i1", workspace=False),
+    "infini.embedding": _spec("Embedding", "o0 i0 i1", workspace=False),
+    "infini.gather_rows": _spec("Embedding", "o0 i1 i0", workspace=False),
+    "infini.paged_caching": _spec("PagedCaching", "o0 o1 i2 i3 i4"),
+    # infini.paged_attention_ragged is two operators, each on its part of the batch; the engine gives alibi_slopes as null. Operands: out, q, k_cache, v_cache,
+    # block_tables, seq_lens, and the cumulative query lengths.
+    "paged_attention": _spec("PagedAttention", "o0 i0 i1 i2 i3 i4", create="alibi scale", call="alibi"),
+    "paged_attention_prefill": _spec(
+        "PagedAttentionPrefill", "o0 i0 i1 i2 i3 i4 i5", create="alibi scale", call="alibi"
+    ),
+    "random_sample": _spec("RandomSample", "o0 i0", call="random_val topp topk temperature"),
 }
-# infini.paged_attention_ragged is two operators, each on its part of the batch; the engine gives alibi_slopes as null.
-PAGED_DECODE = CallSpec(
-    "PagedAttention", ("o0", "i0", "i1", "i2", "i3", "i4"), create=("alibi", "scale"), call=("alibi",)
-)
-PAGED_PREFILL = CallSpec(
-    "PagedAttentionPrefill", ("o0", "i0", "i1", "i2", "i3", "i4", "i5"), create=("alibi", "scale"), call=("alibi",)
-)
-SAMPLE = CallSpec("RandomSample", ("o0", "i0"), call=("random_val", "topp", "topk", "temperature"))
+
+# Orders that changed while the symbol stayed: what the op had before, and the first day of today's.
+OLDER: dict[str, tuple[CallSpec, str]] = {
+    "infini.add_rms_norm": (
+        CallSpec("AddRMSNorm", ("o0", "i0", "i1", "i2", "epsilon", "o1"), ("o0", "i0", "i1", "i2", "o1")),
+        "2026-02-13",
+    ),
+    "infini.paged_caching": (_spec("PagedCaching", "i2 i3 o0 o1 i4"), "2026-01-12"),
+    "infini.rope": (_spec("RoPE", "o0 i0 i1 i2 i3"), "2025-09-16"),  # interleaved only
+}
 
 
 def symbols(spec: CallSpec) -> tuple[str, ...]:

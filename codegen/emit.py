@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from codegen import calls, cpp
-from codegen.calls import CALLS
+from codegen.calls import CALLS, CallSpec, is_operand
 from codegen.facts import ModelFacts
 from codegen.names import layer_count, layer_expression, origin_text, readable, run_index, weight_expression
 from codegen.plans import PlanStruct
@@ -40,7 +40,9 @@ class Emitter:
             step, local = "const StepShape &shape, bool transposed", ["const size_t T = shape.tokens, L = shape.rows;"]
         self.step = PlanStruct("StepPlan", step, local)
         self.sample = PlanStruct("SamplePlan", "size_t vocabulary")
-        self.sample.member(calls.SAMPLE, "sample", ["TensorDesc(INFINI_DTYPE_I64, {})", "TensorDesc(DT, {vocabulary})"])
+        self.sample.member(
+            CALLS["random_sample"], "sample", ["TensorDesc(INFINI_DTYPE_I64, {})", "TensorDesc(DT, {vocabulary})"]
+        )
         self.bodies: list[dict[str, Any]] = []
         self.body_plans: list[PlanStruct] = []
         self.request_bodies: tuple[Graph, Graph] | None = None
@@ -107,16 +109,20 @@ class Emitter:
             return [self.requests(node, scope)]
         spec = CALLS[node.op]
         attrs = with_defaults(node.op, node.attrs)
-        places = [self.operand(node, o, scope) for o in spec.operands]
-        create = [self.desc(p) for p, _ in places] + [self.create_argument(a, attrs) for a in spec.create]
-        member = struct.member(spec, readable(node), create)
-        args = [self.pointer(p, v, scope) for p, v in places] + [self.call_argument(a, attrs) for a in spec.call]
-        if attrs.get("scale") == "scale_output":
+        places = {o: self.operand(node, o, scope) for o in spec.operands}
+        pointers = {o: self.pointer(place, value, scope) for o, (place, value) in places.items()}
+        if attrs.get("scale") == "scale_output" or (
+            node.op == "infini.gemm" and places["i1"][0].buffer == "input_embd"
+        ):
             # A tied table may have been scaled for the embedding; the head has its own name for it.
-            args[2] = weight_expression("output_embd")
-        if node.op == "infini.gemm" and places[2][0].buffer == "input_embd":
-            args[2] = weight_expression("output_embd")  # tied, but scale_input is for the embedding alone
+            pointers["i1"] = weight_expression("output_embd")
+        create = self.create_arguments(spec, {o: self.desc(place) for o, (place, _) in places.items()}, attrs)
+        member = struct.member(spec, readable(node), create)
+        args = [pointers[a] if is_operand(a) else self.call_argument(a, attrs) for a in spec.call]
         return [self.described(node, scope, style="op", member=member, args=args)]
+
+    def create_arguments(self, spec: CallSpec, descs: Mapping[str, str], attrs: Mapping[str, Any]) -> list[str]:
+        return [descs[a] if is_operand(a) else self.create_argument(a, attrs) for a in spec.create]
 
     def operand(self, node: Node, which: str, scope: str) -> tuple[Place, str]:
         places = self.plan.places[scope]
@@ -175,46 +181,52 @@ class Emitter:
             strides = ", ".join(cpp.stride(s) for s in place.strides)
             return f"TensorDesc(DT, {{{text}}}, {{{strides}}})"
 
-        i32 = "INFINI_DTYPE_I32"
-        scale = [self.create_argument(a, attrs) for a in calls.PAGED_DECODE.create]
-        caches = [self.desc(k), self.desc(v)]
-        decode = [
-            rows(out, "ND"),
-            rows(q, "ND"),
-            *caches,
-            f"TensorDesc({i32}, {{ND, M}})",
-            f"TensorDesc({i32}, {{ND}})",
-            *scale,
-        ]
-        prefill = [rows(out, "T - ND"), rows(q, "T - ND"), *caches]
-        prefill += [
-            f"TensorDesc({i32}, {{NP, M}})",
-            f"TensorDesc({i32}, {{NP}})",
-            f"TensorDesc({i32}, {{NP + 1}})",
-            *scale,
-        ]
         name = readable(node)
-        one = struct.member(calls.PAGED_DECODE, name + "_decode", decode, "ND != 0")
-        many = struct.member(calls.PAGED_PREFILL, name + "_prefill", prefill, "NP != 0")
-        base = [
-            self.pointer(p, n, scope)
-            for p, n in ((out, node.output), (q, node.inputs[0]), (k, node.inputs[1]), (v, node.inputs[2]))
-        ]
-        first = self.described(
-            node, scope, style="op", member=one, args=[*base, "in.block_tables", "in.seq_lens", "nullptr"]
+        prefill, decode = CALLS["paged_attention_prefill"], CALLS["paged_attention"]
+        i32, caches = "INFINI_DTYPE_I32", {"i1": self.desc(k), "i2": self.desc(v)}
+
+        def descs(count: str, requests: str) -> dict[str, str]:
+            tables = {"i3": f"TensorDesc({i32}, {{{requests}, M}})", "i4": f"TensorDesc({i32}, {{{requests}}})"}
+            last = {"i5": f"TensorDesc({i32}, {{{requests} + 1}})"}
+            return {"o0": rows(out, count), "i0": rows(q, count), **caches, **tables, **last}
+
+        one = struct.member(
+            decode, name + "_decode", self.create_arguments(decode, descs("ND", "ND"), attrs), "ND != 0"
         )
+        many = struct.member(
+            prefill, name + "_prefill", self.create_arguments(prefill, descs("T - ND", "NP"), attrs), "NP != 0"
+        )
+        base = {
+            o: self.pointer(p, n, scope)
+            for o, p, n in (
+                ("o0", out, node.output),
+                ("i0", q, node.inputs[0]),
+                ("i1", k, node.inputs[1]),
+                ("i2", v, node.inputs[2]),
+            )
+        }
+
+        def arguments(spec: CallSpec, pointers: dict[str, str]) -> list[str]:
+            return [pointers[a] if is_operand(a) else self.call_argument(a, attrs) for a in spec.call]
+
+        decoding = {**base, "i3": "in.block_tables", "i4": "in.seq_lens"}
+        first = self.described(node, scope, style="op", member=one, args=arguments(decode, decoding))
         first.update(condition="shape.decodes != 0", comment=first["comment"] + ": requests of one token")
-        skip_out = f"{base[0]} + shape.decodes * {cpp.dim(out.strides[0])} * ELEM"
-        skip_q = f"{base[1]} + shape.decodes * {cpp.dim(q.strides[0])} * ELEM"
-        tables = "in.block_tables + size_t{shape.decodes} * shape.blocks"
-        args = [skip_out, skip_q, base[2], base[3], tables, "in.seq_lens + shape.decodes", "in.cu_lens", "nullptr"]
+        prefilling = {
+            **base,
+            "o0": f"{base['o0']} + shape.decodes * {cpp.dim(out.strides[0])} * ELEM",
+            "i0": f"{base['i0']} + shape.decodes * {cpp.dim(q.strides[0])} * ELEM",
+            "i3": "in.block_tables + size_t{shape.decodes} * shape.blocks",
+            "i4": "in.seq_lens + shape.decodes",
+            "i5": "in.cu_lens",
+        }
         second: dict[str, Any] = dict(
             what=name,
             comment=f"{name}: the other requests",
             origin="",
             style="op",
             member=many,
-            args=args,
+            args=arguments(prefill, prefilling),
             condition="shape.decodes != shape.requests",
         )
         return [first, second]
