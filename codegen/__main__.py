@@ -15,6 +15,7 @@ COMMANDS = {
     "targets": "codegen.command_targets",
     "inspect": "codegen.command_inspect",
     "verify": "codegen.command_verify",
+    "check-ops": "codegen.command_check_ops",
 }
 
 

@@ -8,15 +8,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save_file
 
 from codegen import manifest as manifests
+from codegen.calls import CALLS, CallSpec
 from codegen.emit import Emitter
+from codegen.installed import narrow, probe
 from codegen.lower import Program, check_quant, lower
 from codegen.render import render
 from codegen.toolchain import LIBRARY, compile_engine, compiler
@@ -27,8 +29,9 @@ from frontend.onnx_file import find_weights_folder
 from frontend.onnx_import import import_onnx
 from ir.errors import BuildError, ConfigError, GraphError, UnsupportedError
 from ir.graph import Graph
+from ir.text import to_text
 from ir.types import DTYPES
-from passes.targets import TARGETS, select
+from passes.targets import TARGETS, Target, record_of, select, targets
 from runtime.manifest import fingerprint
 
 GENERATOR = "qwen3-infinicore 0.1.0"
@@ -97,7 +100,7 @@ def build_model(
     target: str = "cpu",
     dtype: str | None = None,
     quant: str = "none",
-    infinicore: str = "embedded",
+    infinicore: str | None = None,
     kv: str = "auto",
     max_batch: int | None = None,
     max_context: int | None = None,
@@ -106,6 +109,7 @@ def build_model(
     simulate: bool = False,
     dump_ir: Path | None = None,
     sanitize: str = "",
+    optimise: bool = True,
     progress: Callable[[str], Any] | None = None,
 ) -> Path:
     """Compile a model for a target. The folder appears complete or not at all.
@@ -116,13 +120,16 @@ def build_model(
         out: the folder to write; one that holds an earlier build is replaced. Default: build/TARGET.
         target: one of passes.targets.TARGETS.
         dtype: of weights, activations and caches; default: the checkpoint's own.
-        infinicore: ``embedded``, ``any`` (for every InfiniCore since 0.1.0), or an installation's folder.
+        infinicore: ``embedded``, ``any`` (for every InfiniCore since 0.1.0), or an installation's folder, whose headers and libraries say what it has. Default: what
+            INFINI_ROOT names, else embedded.
         kv: ``auto``, ``paged`` or ``contiguous``.
         max_batch: requests per step that are planned for; recorded, no limit.
         max_context: tokens per request, at most the model's own.
+        simulate: for the device simulator in the embedded library, which enforces the target's record.
         config_only: compile from config.json alone; the weights may come later.
         emit_only: write the sources and stop.
         sanitize: compile the engine with a sanitizer (``address,undefined`` or ``thread``), for tests.
+        optimise: without, compiling takes a third of the time, for tests.
         progress: called with a line per step.
 
     Returns:
@@ -133,8 +140,10 @@ def build_model(
     """
     say = progress or (lambda line: None)
     check_quant(quant)
-    if simulate:
-        raise UnsupportedError("--simulate: there is no device simulator yet")
+    if infinicore is None:
+        infinicore = "embedded" if simulate else os.environ.get("INFINI_ROOT") or "embedded"
+    if simulate and infinicore != "embedded":
+        raise ConfigError(f"--simulate: goes without --infinicore {infinicore}; the simulator is the embedded library")
     for name, value, choices in (
         ("--dtype", dtype, DTYPE_CHOICES),
         ("--kv", kv, KV_CHOICES),
@@ -144,7 +153,7 @@ def build_model(
             raise ConfigError(f"{name} {value}: choose one of {', '.join(choices)}")
     if (model is None) == (onnx is None):
         raise ConfigError("give either a model folder or an ONNX file")
-    record = select(target, infinicore)
+    record, specs = _record(target, infinicore, simulate)
     if config_only and onnx is not None:
         raise ConfigError(
             "--config-only: goes with --model; an ONNX file exported from a configuration alone needs no such option"
@@ -163,10 +172,10 @@ def build_model(
     )
     context = _context(max_context, source.max_context)
     say("running the passes")
-    program = lower(
-        source.graph,
+    program = _lower(
+        source,
         target=record,
-        dtype=dtype or source.dtype,
+        dtype=dtype,
         kv=kv,
         max_context=context,
         eos_token_ids=source.eos_token_ids,
@@ -175,16 +184,56 @@ def build_model(
     say("writing the sources")
     with _staging(out) as folder:
         manifest = emit(
-            program, source, folder, target=target, infinicore=infinicore, config_only=config_only, max_batch=max_batch
+            program,
+            source,
+            folder,
+            target=target,
+            infinicore=infinicore,
+            config_only=config_only,
+            max_batch=max_batch,
+            specs=specs,
         )
         if not emit_only:
             say("compiling the engine")
-            compile_engine(folder, headers(infinicore), sanitize=sanitize)
+            compile_engine(folder, headers(infinicore), sanitize=sanitize, optimise=optimise)
             manifest["library"] = LIBRARY
+        manifest["simulate"] = _simulated(record, kv) if simulate else None
         manifest["build_seconds"] = round(time.monotonic() - started, 2)
         (folder / "manifest.json").write_text(manifests.dump(manifest), encoding="utf-8")
         _replace(folder, out)
     return out
+
+
+def _record(target: str, infinicore: str, simulate: bool) -> tuple[Target, Mapping[str, CallSpec]]:
+    """What the target has under this InfiniCore, and in which order its operators take their arguments."""
+    if simulate:
+        return targets()[target], CALLS
+    record = select(target, infinicore)
+    if infinicore in ("embedded", "any"):
+        return record, CALLS
+    installed = probe(headers(infinicore))
+    return narrow(record, installed), installed.specs
+
+
+def _lower(source: Source, *, dtype: str | None, **options: Any) -> Program:
+    """Lower for the dtype that was asked for, else for the checkpoint's own; where the target has no bf16, for f16."""
+    try:
+        return lower(source.graph, dtype=dtype or source.dtype, **options)
+    except UnsupportedError:
+        if dtype is not None or source.dtype != "bf16":
+            raise
+        try:
+            return lower(source.graph, dtype="f16", **options)
+        except UnsupportedError:
+            pass  # the reason against bf16 says more
+        raise
+
+
+def _simulated(record: Target, kv: str) -> dict[str, Any]:
+    """The record that the simulator enforces: an uncertain op that was asked for is one that works."""
+    if kv == "paged":
+        record = replace(record, ops={name: replace(op, uncertain=False) for name, op in record.ops.items()})
+    return record_of(record)
 
 
 def emit(
@@ -196,6 +245,7 @@ def emit(
     infinicore: str,
     config_only: bool,
     max_batch: int | None,
+    specs: Mapping[str, CallSpec],
 ) -> dict[str, Any]:
     """Write the sources into ``folder`` and return the manifest."""
     facts = program.facts
@@ -205,9 +255,10 @@ def emit(
         f"A dense decoder of {facts.nlayer} layers, hidden {facts.d}, {facts.nh} query and {facts.nkvh} key/value heads of {facts.dh}, "
         f"intermediate {facts.di}, vocabulary {facts.dvoc}; {form} KV cache."
     )
-    emitter = Emitter(program.graph, program.plan, facts, program.target)
+    emitter = Emitter(program.graph, program.plan, facts, program.target, specs)
     printed = emitter.context(generated, summary)
     files = render(printed)
+    files["engine.ir"] = to_text(program.graph)  # what check-ops reads
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     table, own = manifests.weights(program.fused, facts)
@@ -225,6 +276,10 @@ def emit(
         quant="none",
         kv=dict(form=form, block_size=facts.block_size if form == "paged" else 0, dtype=facts.dtype),
         max_batch=max_batch,
+        capabilities=record_of(program.target),
+        shard=program.graph.meta.get("shard"),
+        capture=printed["capture"],
+        abi={f"infiniop{s.name}": [list(s.create), list(s.call)] for s in printed["specs"].values()},
         model=dict(
             source=dict(kind=source.kind, path=str(source.path.resolve())),
             weights_folder=str(weights_folder),

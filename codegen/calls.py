@@ -6,6 +6,7 @@ An operand ``o0`` is the node's first result, ``i1`` its second operand; other e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -78,6 +79,80 @@ OLDER: dict[str, tuple[CallSpec, str]] = {
     "infini.rope": (_spec("RoPE", "o0 i0 i1 i2 i3"), "2025-09-16"),  # interleaved only
 }
 
+# What the headers call the arguments, in the order of InfiniCore's main (that of CALLS where the op is in it): of create, and of the call; "a|b" where both
+# names were used. A trailing "_desc" is no part of a name.
+PARAMETERS: dict[str, tuple[str, str]] = {
+    "Gemm": ("c a b", "c a b alpha beta"),
+    "RMSNorm": ("y x w epsilon", "y x w"),
+    "AddRMSNorm": ("y residual_out a b weight epsilon", "y residual_out a b weight"),
+    "Add": ("c a b", "c a b"),
+    "Mul": ("c a b", "c a b"),
+    "Silu": ("output input|intput", "output input|intput"),
+    "SwiGLU": ("c a b", "c a b"),
+    "SiluAndMul": ("output input", "output input"),
+    "RoPE": ("y x pos_ids sin_table cos_table algo", "y x pos_ids sin_table cos_table"),
+    "CausalSoftmax": ("y x", "y x"),
+    "LogSoftmax": ("output|y input|x dim", "output|y input|x"),
+    "Rearrange": ("dst src", "dst src"),
+    "Embedding": ("output input weight", "output input weight"),
+    "RandomSample": ("result probs", "result probs random_val topp topk temperature"),
+    "PagedCaching": ("k_cache v_cache k v slot_mapping", "k_cache v_cache k v slot_mapping"),
+    "PagedAttention": (
+        "out q k_cache v_cache block_tables seq_lens alibi_slopes scale",
+        "out q k_cache v_cache block_tables seq_lens alibi_slopes",
+    ),
+    "PagedAttentionPrefill": (
+        "out q k_cache v_cache block_tables seq_lens cum_seq_lens_q alibi_slopes scale",
+        "out q k_cache v_cache block_tables seq_lens cum_seq_lens_q alibi_slopes",
+    ),
+    "KVCaching": ("k_cache v_cache k v past_kv_lengths", "k_cache v_cache k v past_kv_lengths"),
+    "PerChannelQuantI8": ("x_packed x_scale x_zero x", "x_packed x_scale x_zero x"),
+    "I8Gemm": ("out bias x x_scale weights weights_scale", "out bias x x_scale weights weights_scale"),
+    "LinearMxfp4": (
+        "output input packed_weight weight_scale bias alpha",
+        "output input packed_weight weight_scale bias",
+    ),
+}
+
+# The attributes among them, and their C types; all others are tensors.
+ATTRIBUTES: dict[str, str] = {
+    "epsilon": "float",
+    "alpha": "float",
+    "beta": "float",
+    "scale": "float",
+    "random_val": "float",
+    "topp": "float",
+    "topk": "int",
+    "temperature": "float",
+    "dim": "int",
+    "algo": "infiniopRoPEAlgo_t",
+}
+
+# The ops of the targets' records, by NAME.
+RECORD_OPS: dict[str, str] = {
+    "Gemm": "gemm",
+    "RMSNorm": "rms_norm",
+    "AddRMSNorm": "add_rms_norm",
+    "Add": "add",
+    "Mul": "mul",
+    "Silu": "silu",
+    "SwiGLU": "swiglu",
+    "SiluAndMul": "silu_and_mul",
+    "RoPE": "rope",
+    "CausalSoftmax": "causal_softmax",
+    "LogSoftmax": "log_softmax",
+    "Rearrange": "rearrange",
+    "Embedding": "embedding",
+    "RandomSample": "random_sample",
+    "PagedCaching": "paged_caching",
+    "PagedAttention": "paged_attention",
+    "PagedAttentionPrefill": "paged_attention_prefill",
+    "KVCaching": "kv_caching",
+    "PerChannelQuantI8": "per_channel_quant_int8",
+    "I8Gemm": "scaled_mm",
+    "LinearMxfp4": "linear_mxfp4",
+}
+
 
 def symbols(spec: CallSpec) -> tuple[str, ...]:
     """The C functions of an operator."""
@@ -85,3 +160,8 @@ def symbols(spec: CallSpec) -> tuple[str, ...]:
     if spec.workspace:
         names.insert(1, f"infiniopGet{spec.name}WorkspaceSize")
     return tuple(names)
+
+
+def abi(specs: Iterable[CallSpec]) -> dict[str, list[list[str]]]:
+    """What a manifest records of the operators that an engine calls: the argument orders of create and of the call, by the call's C name."""
+    return {f"infiniop{s.name}": [list(s.create), list(s.call)] for s in sorted(specs, key=lambda s: s.name)}

@@ -39,10 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant", default="none", help="quantisation of weights (default: none)")
     parser.add_argument(
         "--infinicore",
-        default="embedded",
         metavar="embedded|any|DIR",
-        help="embedded: the CPU library that comes with this package; any: only what every InfiniCore since 0.1.0 has; DIR: an installation "
-        "(default: embedded)",
+        help="embedded: the CPU library that comes with this package; any: only what every InfiniCore since 0.1.0 has; DIR: an installation, which is read "
+        "(default: $INFINI_ROOT, else embedded)",
     )
     parser.add_argument(
         "--kv", default="auto", choices=KV_CHOICES, help="form of the KV cache (default: the best that the target has)"
@@ -57,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config-only", action="store_true", help="compile from config.json alone; weights may come later"
     )
     parser.add_argument("--emit-only", action="store_true", help="write the sources, do not compile them")
-    parser.add_argument("--simulate", action="store_true", help="build for the device simulator")
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="build for the device simulator: the target's record, enforced on this CPU",
+    )
     parser.add_argument(
         "--dump-ir",
         type=Path,
@@ -132,6 +135,12 @@ def next_steps(out: Path, manifest: dict[str, Any]) -> list[str]:
         ]
     run_here = f"python -m runtime.generate {model} --build {folder} --prompt TEXT"
     compile_there = f"cmake -S {folder} -B {folder}/cmake -DINFINI_ROOT=/path/to/infinicore && cmake --build {folder}/cmake && cp {folder}/cmake/libqwen3.so {folder}/"
+    if manifest["simulate"]:
+        return [
+            f"It runs here, on a simulated {manifest['target']}:",
+            f"  {run_here}",
+            f"  python -m codegen verify {folder}",
+        ]
     if manifest["device"] == 0:
         if manifest["library"] is None:
             return ["It was not compiled (--emit-only); to compile it:", f"  {compile_there}"]

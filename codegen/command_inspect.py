@@ -26,7 +26,7 @@ from ir.text import parse, to_text
 from ir.types import DTYPES
 from passes.lower import to_fused, to_model
 from passes.plan import plan_memory
-from passes.targets import TARGETS, Target, select
+from passes.targets import TARGETS, Target, select, target_of
 from runtime import recipes
 from runtime.manifest import Build, read_build
 
@@ -234,7 +234,7 @@ def _build(found: Found, build: Build, until: str | None) -> None:
             if is_onnx
             else from_checkpoint(source, config_only=bool(model["config_only"])).graph
         )
-        record = select(data["target"], data["infinicore"])
+        record = target_of(data["capabilities"])
         again = Found(found.path, found.kind, found.graphs)  # the manifest's own history and decisions stay
         _lower(
             again,

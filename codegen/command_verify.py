@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", default=str(STEPS), metavar="N", help=f"greedy tokens after the prompt (default: {STEPS})"
     )
+    parser.add_argument("--ndev", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         text=arguments.prompt,
         tokens=tokens,
         steps=int(arguments.steps),
+        ndev=arguments.ndev,
         progress=say,
     )
     print(json.dumps(report.to_json()) if arguments.json else "\n".join(lines(report)))

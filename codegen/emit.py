@@ -3,42 +3,68 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from codegen import calls, cpp
 from codegen.calls import CALLS, CallSpec, is_operand
 from codegen.facts import ModelFacts
+from codegen.layout import areas, constants, inputs
 from codegen.names import layer_count, layer_expression, origin_text, readable, run_index, weight_expression
 from codegen.plans import PlanStruct
 from ir.errors import UnsupportedError
 from ir.graph import Graph, Node
 from ir.optable import with_defaults
-from ir.types import DTYPES, Dim, TensorType, dim_product
+from ir.types import DTYPES, TensorType, dim_product
 from passes.plan import Place, Plan, contiguous_strides
 from passes.targets import Target
 
-MAX_PLANS = 64
+# What create and call expressions may name, and how the engine finds it.
+STEP_LOCALS = (
+    "const size_t T = shape.tokens;",
+    "const size_t L = shape.rows;",
+    "const size_t G = shard.G;",
+    "const size_t I = shard.I;",
+    "const size_t V = shard.V;",
+)
+PAGED_LOCALS = (
+    "const size_t B = pool_blocks;",
+    "const size_t M = shape.blocks;",
+    "const size_t ND = shape.decodes;",
+    "const size_t NP = shape.requests - shape.decodes;",
+)
+# Where rows of scores are further apart than they are long (see passes.attention_forms).
+PITCH = "const size_t ld = std::max<size_t>(total, 2);"
 LINEAR_ROLES = ("attn_qkv", "attn_o", "ffn_gate_up", "ffn_down")
-INPUT_TYPES = {"i32": "int32_t", "i64": "int64_t"}
+
+
+# The ops of targets.json that calls of other names are.
+RECORD_NAMES = {"gather_rows": "embedding", "rearrange_into": "rearrange", "paged_attention_ragged": "paged_attention"}
+COLLECTIVES = ("infini.all_reduce", "infini.all_gather")
 
 
 class Emitter:
-    """One graph's C++."""
+    """One graph's C++.
 
-    def __init__(self, graph: Graph, plan: Plan, facts: ModelFacts, target: Target) -> None:
-        self.graph, self.plan, self.facts, self.target = graph, plan, facts, target
+    Args:
+        specs: the operators' argument orders; codegen.calls.CALLS, or those of an installed InfiniCore.
+    """
+
+    def __init__(
+        self, graph: Graph, plan: Plan, facts: ModelFacts, target: Target, specs: Mapping[str, CallSpec] = CALLS
+    ) -> None:
+        self.graph, self.plan, self.facts, self.target, self.specs = graph, plan, facts, target, specs
         self.paged = graph.meta["kv"] == "paged"
+        used = {node.op for g in _with_bodies(graph) for node in g.nodes}
+        self.collectives = bool(graph.meta.get("shard"))
+        self.gathered = "infini.all_gather" in used
+        self.capture = self.paged and captures(target, used)
         self.dtype = facts.dtype
         self.elem = DTYPES[facts.dtype].bytes
-        if self.paged:
-            step = "const StepShape &shape, uint32_t pool_blocks, bool transposed"
-            local = [
-                "const size_t T = shape.tokens, L = shape.rows, R = shape.requests, B = pool_blocks, M = shape.blocks, ND = shape.decodes, NP = R - ND;"
-            ]
-        else:
-            step, local = "const StepShape &shape, bool transposed", ["const size_t T = shape.tokens, L = shape.rows;"]
-        self.step = PlanStruct("StepPlan", step, local)
+        step = "const StepShape &shape, const Shard &shard, "
+        step += "uint32_t pool_blocks, bool transposed" if self.paged else "bool transposed"
+        local = STEP_LOCALS + (PAGED_LOCALS if self.paged else ())
+        self.step = PlanStruct("StepPlan", step, list(local))
         self.sample = PlanStruct("SamplePlan", "size_t vocabulary")
         self.sample.member(
             CALLS["random_sample"], "sample", ["TensorDesc(INFINI_DTYPE_I64, {})", "TensorDesc(DT, {vocabulary})"]
@@ -61,8 +87,7 @@ class Emitter:
         dense = all(s == want for s, want in zip(place.strides, contiguous_strides(type_.shape)))
         role = place.buffer.split(".")[0]
         if role in LINEAR_ROLES and not dense:
-            rows, cols = type_.shape[1], type_.shape[0]
-            return f"weightDesc({rows}, {cols}, transposed)"
+            return f"weightDesc({cpp.dim(type_.shape[1])}, {cpp.dim(type_.shape[0])}, transposed)"
         if dense:
             return f"TensorDesc({self.dt(type_.dtype)}, {{{shape}}})"
         return f"TensorDesc({self.dt(type_.dtype)}, {{{shape}}}, {{{', '.join(cpp.stride(s) for s in place.strides)}}})"
@@ -107,7 +132,9 @@ class Emitter:
             return [self.copy_rows(node, scope)]
         if node.op == "loop.requests":
             return [self.requests(node, scope)]
-        spec = CALLS[node.op]
+        if node.op in COLLECTIVES:
+            return [self.collective(node, scope, struct)]
+        spec = self.specs[node.op]
         attrs = with_defaults(node.op, node.attrs)
         places = {o: self.operand(node, o, scope) for o in spec.operands}
         pointers = {o: self.pointer(place, value, scope) for o, (place, value) in places.items()}
@@ -116,10 +143,29 @@ class Emitter:
         ):
             # A tied table may have been scaled for the embedding; the head has its own name for it.
             pointers["i1"] = weight_expression("output_embd")
+        each = ""
+        if attrs.get("each"):  # matrix by matrix along the first axis
+            each = cpp.dim(places["o0"][0].type.shape[0])
+            pointers = {o: f"{pointers[o]} + i * {cpp.dim(p.strides[0])} * ELEM" for o, (p, _) in places.items()}
+            places = {o: (_first_matrix(p), v) for o, (p, v) in places.items()}
         create = self.create_arguments(spec, {o: self.desc(place) for o, (place, _) in places.items()}, attrs)
         member = struct.member(spec, readable(node), create)
         args = [pointers[a] if is_operand(a) else self.call_argument(a, attrs) for a in spec.call]
-        return [self.described(node, scope, style="op", member=member, args=args)]
+        return [self.described(node, scope, style="op", member=member, args=args, each=each)]
+
+    def collective(self, node: Node, scope: str, struct: PlanStruct) -> dict[str, Any]:
+        places = self.plan.places[scope]
+        source, result = places[node.inputs[0]], places[node.output]
+        part, whole = self.pointer(source, node.inputs[0], scope), self.pointer(result, node.output, scope)
+        if node.op == "infini.all_reduce":
+            count = cpp.dim(dim_product(result.type.shape))
+            return self.described(node, scope, style="all_reduce", data=whole, count=count)
+        create = ["TensorDesc(DT, {L, shard.ndev, V})"]
+        create.append(
+            "TensorDesc(DT, {L, shard.ndev, V}, {static_cast<ptrdiff_t>(V), static_cast<ptrdiff_t>(L * V), 1})"
+        )
+        struct.member(self.specs["infini.rearrange"], "gather", create, "shard.ndev > 1 && L > 1")
+        return self.described(node, scope, style="all_gather", part=part, whole=whole)
 
     def create_arguments(self, spec: CallSpec, descs: Mapping[str, str], attrs: Mapping[str, Any]) -> list[str]:
         return [descs[a] if is_operand(a) else self.create_argument(a, attrs) for a in spec.create]
@@ -177,17 +223,18 @@ class Emitter:
         heads = q.type.shape[1:]
 
         def rows(place: Place, count: str) -> str:
-            text = ", ".join([count, *map(str, heads)])
+            text = ", ".join([count, *map(cpp.dim, heads)])
             strides = ", ".join(cpp.stride(s) for s in place.strides)
             return f"TensorDesc(DT, {{{text}}}, {{{strides}}})"
 
         name = readable(node)
-        prefill, decode = CALLS["paged_attention_prefill"], CALLS["paged_attention"]
-        i32, caches = "INFINI_DTYPE_I32", {"i1": self.desc(k), "i2": self.desc(v)}
+        prefill, decode = self.specs["paged_attention_prefill"], self.specs["paged_attention"]
+        index = self.dt(self.plan.place(scope, node.inputs[3]).type.dtype)
+        caches = {"i1": self.desc(k), "i2": self.desc(v)}
 
         def descs(count: str, requests: str) -> dict[str, str]:
-            tables = {"i3": f"TensorDesc({i32}, {{{requests}, M}})", "i4": f"TensorDesc({i32}, {{{requests}}})"}
-            last = {"i5": f"TensorDesc({i32}, {{{requests} + 1}})"}
+            tables = {"i3": f"TensorDesc({index}, {{{requests}, M}})", "i4": f"TensorDesc({index}, {{{requests}}})"}
+            last = {"i5": f"TensorDesc({index}, {{{requests} + 1}})"}
             return {"o0": rows(out, count), "i0": rows(q, count), **caches, **tables, **last}
 
         one = struct.member(
@@ -267,19 +314,25 @@ class Emitter:
 
     def request_function(self, body: Graph, which: str, symbols: tuple[str, ...]) -> None:
         name = which.capitalize()
-        struct = PlanStruct(f"{name}Plan", ", ".join(f"size_t {s}" for s in symbols))
+        struct = PlanStruct(f"{name}Plan", ", ".join(["const Shard &shard", *(f"size_t {s}" for s in symbols)]))
         printed = [c for node in body.nodes for c in self.call(node, which, struct)]
         used = " ".join(" ".join(op.create) for op in struct.ops)
-        struct.locals = [f"static_cast<void>({s});" for s in symbols if not re.search(rf"\b{s}\b", used)]
+        struct.locals = ["const size_t G = shard.G;"] if _names("G", used) else ["static_cast<void>(shard);"]
+        struct.locals += [PITCH] if _names("ld", used) else []
+        struct.locals += [f"static_cast<void>({s});" for s in symbols if not _names(s, used)]
         self.body_plans.append(struct)
-        spelled = " ".join(" ".join(c["args"]) for c in printed)
-        local = [f"const size_t {s} = request.{s};" for s in ("pos", "len", "total") if re.search(rf"\b{s}\b", spelled)]
-        if re.search(r"\bcap\b", spelled):
+        spelled = " ".join(" ".join([*c["args"], c["each"]]) for c in printed)
+        local = [f"const size_t {s} = request.{s};" for s in ("pos", "len", "total") if _names(s, spelled)]
+        if _names("cap", spelled):
             local.append("const size_t cap = request.cache->capacity;")
+        if _names("G", spelled):
+            local.append("const size_t G = rsrc.shard.G;")
+        if _names("ld", spelled):
+            local.append(PITCH.replace("total", "request.total"))
         params = "const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out"
-        if not local:
+        if not any("request." in line for line in local):
             local.append("static_cast<void>(request);")
-        if not re.search(r"\bs\.", spelled):
+        if not _names("s", spelled):
             local.append("static_cast<void>(s);")
         comment = (
             "Attention of a request of one token." if which == "decode" else "Attention of a request of several tokens."
@@ -301,7 +354,10 @@ class Emitter:
     def program(self) -> list[dict[str, Any]]:
         """The main graph as straight stretches and loops."""
         parts: list[dict[str, Any]] = []
-        for node in self.graph.nodes:
+        nodes = self.graph.nodes
+        # What follows the last collective only makes logits.
+        head = max((i + 1 for i, n in enumerate(nodes) if n.op in ("loop.layers", "infini.all_reduce")), default=0)
+        for i, node in enumerate(nodes):
             if node.op == "loop.layers":
                 body = node.attrs["body"]
                 self.loop_weights(node)
@@ -309,14 +365,15 @@ class Emitter:
                 parts.append(
                     dict(
                         loop=True,
+                        head=False,
                         count=count,
                         calls=[c for n in body.nodes for c in self.call(n, body.name, self.step)],
                     )
                 )
                 self.weights = {}
             else:
-                if not parts or parts[-1]["loop"]:
-                    parts.append(dict(loop=False, calls=[]))
+                if not parts or parts[-1]["loop"] or i == head:
+                    parts.append(dict(loop=False, head=i == head, calls=[]))
                 parts[-1]["calls"] += self.call(node, "main", self.step)
         return parts
 
@@ -341,147 +398,89 @@ class Emitter:
             if name in self.graph.constants:
                 self.weights[value.name] = weight_expression(name)
 
-    def areas(self) -> list[dict[str, Any]]:
-        """The scratch structs: name, buffers with their address expressions, size."""
-        wanted: list[tuple[str, str, tuple[str, ...]]] = [("Scratch", "main", ("T", "L"))]
-        if not self.paged:
-            wanted += [("DecodeScratch", "decode", ("total",)), ("PrefillScratch", "prefill", ("len", "total"))]
-        return [self.area(name, scope, symbols) for name, scope, symbols in wanted]
-
-    def area(self, name: str, scope: str, symbols: tuple[str, ...]) -> dict[str, Any]:
-        groups = self.plan.groups.get(scope, {})
-        base: list[str] = []
-        bases: dict[Dim, str] = {}
-        for unit, size in sorted(groups.items(), key=lambda kv: str(kv[0])):
-            bases[unit] = " + ".join(base)
-            base.append(_aligned(unit, size))
-        mine = [
-            b
-            for b in self.plan.buffers.values()
-            if b.kind == "scratch"
-            and (b.name.startswith(scope + ".") if scope != "main" else not _foreign(b.name, self.plan))
-        ]
-        buffers = []
-        for b in mine:
-            local = b.name if scope == "main" else b.name.split(".", 1)[1]
-            offset = " * ".join(
-                x
-                for x in ("" if b.offset == 0 else str(b.offset), cpp.dim(b.unit) if b.offset and b.unit != 1 else "")
-                if x
-            )
-            expression = " + ".join(x for x in ("base", bases[b.unit], offset) if x)
-            buffers.append(
-                dict(
-                    name=cpp.identifier(local),
-                    expr=expression,
-                    type=f"{b.bytes} bytes per {b.unit}" if b.unit != 1 else f"{b.bytes} bytes",
-                )
-            )
-        params = ", ".join(f"size_t {s}" for s in symbols)
-        spelled = " ".join(b["expr"] for b in buffers)
-        unused = [(s, "") for s in symbols if not re.search(rf"\b{s}\b", spelled)]
-        return dict(
-            name=name,
-            buffers=buffers,
-            params=params,
-            params_comma=", " + params,
-            total=" + ".join(base) or "0",
-            unused=unused,
-        )
-
-    def inputs(self) -> list[dict[str, Any]]:
-        """The step's integer inputs, widest first so that each is aligned."""
-        sizes = {
-            "T": "shape.tokens",
-            "L": "shape.rows",
-            "R": "shape.requests",
-            "M": "shape.blocks",
-            "R1": "(shape.requests + 1)",
-        }
-        fields: list[dict[str, Any]] = []
-        for value in self.graph.inputs:
-            if value.type.dtype in INPUT_TYPES and value.name not in ("lens", "starts"):
-                count = " * ".join(sizes[str(d)] for d in value.type.shape)
-                width = DTYPES[value.type.dtype].bytes
-                fields.append(
-                    dict(
-                        name=value.name,
-                        type=INPUT_TYPES[value.type.dtype],
-                        shape=cpp.type_comment(value.type),
-                        bytes=f"size_t{{{width}}} * {count}",
-                        width=width,
-                    )
-                )
-        return sorted(fields, key=lambda f: -f["width"])
-
     def context(self, generated: str, summary: str) -> dict[str, Any]:
         """Everything that the templates print."""
         program = self.program()
+        shown = ("comment", "origin", "what")
+        step = " ".join(str(v) for p in program for c in p["calls"] for k, v in c.items() if k not in shown)
+        created = " ".join(" ".join(op.create) + op.condition for op in self.step.ops)
+        self.step.locals = [line for line in self.step.locals if _names(line.split()[2], created)]
+        self.step.locals += (
+            [] if _names("shard", " ".join([created, *self.step.locals])) else ["static_cast<void>(shard);"]
+        )
         plans = [self.step, self.sample, *self.body_plans]
         specs = {name: spec for plan in plans for name, spec in plan.specs.items()}
         facts = self.facts
         frequencies = [cpp.float_literal(f) for f in facts.inv_freq]
         logits = self.plan.place("main", self.graph.outputs[0])
+        fields = inputs(self.graph)
         return dict(
             generated=generated,
             summary=summary,
             outline=outline(program),
             paged=self.paged,
+            collectives=self.collectives,
+            gathered=self.gathered,
+            capture=self.capture,
+            unit_alpha=bool(self.graph.meta.get("gemm_alphas")),
+            inner_multiple=self.graph.meta.get("inner_multiple", 1),
             host_memory=self.target.host_memory,
             block=facts.block_size if self.paged else 0,
-            constants=constants(facts, self.target),
+            constants=constants(facts, self.target, self.attention_factor()),
             elem=self.elem,
             inv_freq=[", ".join(frequencies[i : i + 8]) for i in range(0, len(frequencies), 8)],
-            scratch=self.areas(),
+            scratch=areas(self.plan, self.paged),
             plans=plans,
             ops=[dict(name=s.name, workspace=s.workspace) for s in sorted(specs.values(), key=lambda s: s.name)],
-            inputs=self.inputs(),
+            inputs=fields,
+            input_type={f["name"]: f["type"] for f in fields},
             bodies=self.bodies,
             program=program,
+            step_locals=[
+                line.replace("shard.", "rsrc.shard.") for line in STEP_LOCALS if _names(line.split()[2], step)
+            ],
             logits=self.pointer(logits, self.graph.outputs[0], "main"),
             symbols=sorted({s for spec in specs.values() for s in calls.symbols(spec)}),
+            specs=specs,
         )
 
+    def attention_factor(self) -> float:
+        """What multiplies the rotary tables: the model's factor, and what legalisation folded into it."""
+        for node in self.graph.nodes:
+            if node.op == "setup.rope_table":
+                return float(with_defaults(node.op, node.attrs)["attention_factor"])
+        return self.facts.attention_factor
 
-def constants(facts: ModelFacts, target: Target) -> list[dict[str, str]]:
-    """The model's constants as the top of qwen3.cpp shows them."""
-    rows = [
-        ("infiniDevice_t", "DEVICE", f"static_cast<infiniDevice_t>({target.device})", target.name),
-        (
-            "infiniDtype_t",
-            "DT",
-            f"INFINI_DTYPE_{DTYPES[facts.dtype].infini}",
-            "of weights, activations, caches and logits",
-        ),
-        ("uint32_t", "NLAYER", str(facts.nlayer), "layers"),
-        ("uint32_t", "D", str(facts.d), "hidden size"),
-        ("uint32_t", "NH", str(facts.nh), "query heads"),
-        ("uint32_t", "NKVH", str(facts.nkvh), "key and value heads"),
-        ("uint32_t", "DH", str(facts.dh), "head size"),
-        ("uint32_t", "DI", str(facts.di), "intermediate size"),
-        ("uint32_t", "DCTX", str(facts.dctx), "largest context"),
-        ("uint32_t", "DVOC", str(facts.dvoc), "vocabulary"),
-        ("float", "EPSILON", cpp.float_literal(facts.epsilon), "of every RMS norm"),
-        ("float", "THETA", cpp.float_literal(facts.theta), "rotary base"),
-        ("float", "ATTENTION_FACTOR", cpp.float_literal(facts.attention_factor), "multiplies the rotary tables"),
-        ("uint32_t", "END_TOKEN", str(facts.end_token), ""),
-        ("size_t", "MAX_PLANS", str(MAX_PLANS), "shapes whose operators are kept"),
-    ]
-    return [dict(type=t, name=n, value=v, comment=c) for t, n, v, c in rows]
+
+def captures(target: Target, ops: Collection[str]) -> bool:
+    """Whether a step of these calls may be captured as a graph and replayed: every one of them must be known to be safe for that."""
+    if not target.graph_capture:
+        return False
+    for op in ops:
+        if op.startswith(("view.", "setup.", "loop.layers")) or op in COLLECTIVES:
+            continue
+        name = op.split(".", 1)[1]
+        support = target.ops.get(RECORD_NAMES.get(name, name))
+        if support is None or support.graph_capture is not True:
+            return False
+    return True
+
+
+def _with_bodies(graph: Graph) -> list[Graph]:
+    return [graph, *(n.attrs["body"] for n in graph.nodes if n.op == "loop.layers")]
+
+
+def _names(symbol: str, text: str) -> bool:
+    """Whether an expression names a variable."""
+    return re.search(rf"(?<![\w.>\"]){symbol}\b", text) is not None
+
+
+def _first_matrix(place: Place) -> Place:
+    """The first of a batch of matrices."""
+    return Place(place.buffer, place.offset, place.strides[1:], place.type.with_shape(*place.type.shape[1:]))
 
 
 def outline(program: list[dict[str, Any]]) -> list[str]:
     """The comments of one layer's calls: the op sequence at a glance."""
     loops = [p for p in program if p["loop"]]
     return [c["comment"] for c in (loops or program)[0]["calls"]]
-
-
-def _foreign(name: str, plan: Plan) -> bool:
-    """Whether a scratch buffer belongs to a request's body."""
-    return any(name.startswith(scope + ".") for scope in ("prefill", "decode"))
-
-
-def _aligned(unit: Dim, size: int) -> str:
-    """The bytes of one group, rounded up to whole lines so that the next starts on one."""
-    amount = f"{size} * {cpp.dim(unit)}" if unit != 1 else str(size)
-    return amount if size % 64 == 0 else f"({amount} + 63) / 64 * 64"

@@ -17,6 +17,7 @@ from passes.pipeline import Pass, run_passes
 from passes.plan import Plan, plan_memory
 from passes.roles import assign_roles
 from passes.roll import roll_layers
+from passes.shard import shard
 from passes.targets import Target
 
 
@@ -60,7 +61,15 @@ def lower(
         result = legalise(g, target, kv=kv, max_positions=max_context)
         return result, sum(row[3] for row in result.meta["legalised"])
 
+    cut = Pass(
+        "shard",
+        lambda g: shard(g, gather="AllGather" in target.collectives),
+        "fused",
+        "fused",
+        "sizes that several devices share become symbols; they meet after attention and feed-forward, and at the logits",
+    )
     passes = [
+        *([cut] if "AllReduce" in target.collectives else []),
         Pass("legalise", legal, "fused", "infini", f"every op as InfiniCore calls that {target.name} has"),
         Pass(
             "roll_layers",

@@ -33,7 +33,7 @@ from frontend.ort import Past, Reference
 from ir.errors import BuildError, CheckpointError, ConfigError, GraphError
 from ir.types import DTYPES
 from passes.lower import to_model
-from passes.targets import select
+from passes.targets import Target, target_of
 from runtime import infinicore
 from runtime.generation import schedule
 from runtime.infertask import check_tokens
@@ -82,7 +82,7 @@ class Sizes:
     """What of the manifest is needed here."""
 
     target: str
-    infinicore: str
+    record: Target
     dtype: str
     kv: str
     layers: int
@@ -102,6 +102,7 @@ def verify(
     text: str | None = None,
     tokens: Sequence[int] | None = None,
     steps: int = STEPS,
+    ndev: int = 1,
     progress: Callable[[str], Any] | None = None,
 ) -> Report:
     """Compare a build with onnxruntime.
@@ -112,6 +113,7 @@ def verify(
             ``model`` only if there are none.
         text, tokens: one prompt, as text for the checkpoint's tokenizer or as token ids; default: a few random ones.
         steps: greedy tokens after each prompt.
+        ndev: devices that share the engine's model.
         progress: called with a line per stage.
 
     Raises:
@@ -147,7 +149,7 @@ def verify(
         )
     greedy = [[int(row.argmax()) for row in rows[:steps]] for rows in expected]
     done = timed("engine", "running the engine")
-    with Qwen3ForCausalLM(engine_folder, device=device, build=build.folder) as engine:
+    with Qwen3ForCausalLM(engine_folder, device=device, build=build.folder, ndev=ndev) as engine:
         found, choices = run_engine(engine, prompts, greedy)
     done()
     dtypes = tuple(d for d in (sizes.dtype, rounds_to) if d is not None and d != "f32")
@@ -244,7 +246,7 @@ def sizes_of(build: Build) -> Sizes:
         meta, model = data["meta"], data["model"]
         return Sizes(
             target=data["target"],
-            infinicore=data["infinicore"],
+            record=target_of(data["capabilities"]),
             dtype=data["dtype"],
             kv=data["kv"]["form"],
             layers=int(meta["nlayer"]),
@@ -439,7 +441,7 @@ def _compiled(sizes: Sizes, model: Path | None) -> Compiled:
         source = from_onnx(sizes.source)
     else:
         source = from_checkpoint(model or sizes.source, config_only=False)
-    return Compiled(to_model(source.graph), select(sizes.target, sizes.infinicore), sizes.kv)
+    return Compiled(to_model(source.graph), sizes.record, sizes.kv)
 
 
 def _plain(value: Any) -> Any:

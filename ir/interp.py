@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -15,7 +16,17 @@ from ir import constants
 from ir.errors import GraphError
 from ir.graph import Graph, Node
 from ir.optable import Context, lookup, results, with_defaults
-from ir.types import DTYPES, Sym, TensorType, bind, dtype_of
+from ir.types import DTYPES, Sym, TensorType, dtype_of, known_dims
+
+
+class Communicator(Protocol):
+    """One device's side of the collectives: every device calls the same ones in the same order (see ir.ranks)."""
+
+    def all_reduce(self, x: np.ndarray) -> np.ndarray:
+        """The sum of all devices' ``x``."""
+
+    def all_gather(self, x: np.ndarray) -> np.ndarray:
+        """All devices' ``x`` side by side on the last axis."""
 
 
 def run(
@@ -26,6 +37,7 @@ def run(
     float64: bool = False,
     symbols: Mapping[str, int] | None = None,
     keep: set[str] | None = None,
+    communicator: Communicator | None = None,
 ) -> dict[str, np.ndarray]:
     """Execute a graph.
 
@@ -33,8 +45,9 @@ def run(
         inputs: an array per graph input, of its type; floating-point ones may be of any float dtype.
         folder: the checkpoint's folder, where constants that lie in files are found.
         float64: compute in float64 without rounding.
-        symbols: values of symbols that no input's shape binds.
+        symbols: values of symbols that no input's shape binds. What devices share has its value on one device unless given.
         keep: names of further values to return.
+        communicator: reaches the devices that run the other parts of the graph; None where this one runs all of it.
 
     Returns:
         The graph's outputs by name, and the values in ``keep``.
@@ -42,7 +55,7 @@ def run(
     Raises:
         GraphError: an input is missing or has another shape than the graph says.
     """
-    table = bind_inputs(graph, inputs, dict(symbols or {}))
+    table = {**graph.meta.get("shard", {}), **bind_inputs(graph, inputs, dict(symbols or {}))}
     env: dict[str, np.ndarray] = {}
     for value in graph.inputs:
         env[value.name] = _enter(np.asarray(inputs[value.name]), value.type, float64)
@@ -52,7 +65,7 @@ def run(
         if name in last_use or name in wanted:
             env[name] = _enter(constants.load(constant.data, folder), constant.value.type, float64)
     for i, node in enumerate(graph.nodes):
-        run_node(node, env, table, float64)
+        run_node(node, env, table, float64, communicator)
         for name in node.inputs:
             if last_use.get(name) == i and name not in wanted:
                 env.pop(name, None)
@@ -62,13 +75,19 @@ def run(
     return {name: env[name] for name in wanted}
 
 
-def run_node(node: Node, env: dict[str, np.ndarray], symbols: Mapping[str, int], float64: bool) -> None:
+def run_node(
+    node: Node,
+    env: dict[str, np.ndarray],
+    symbols: Mapping[str, int],
+    float64: bool,
+    communicator: Communicator | None = None,
+) -> None:
     """Execute one node on ``env`` (value name -> array), adding its results."""
     definition = lookup(node.op)
     arguments = [_widen(env[i], float64) if i else None for i in node.inputs]
     # A result's symbols may be data-dependent in ONNX graphs (Shape arithmetic); those types stay symbolic.
-    types = tuple(_bound(v.type, symbols) for v in node.outputs)
-    context = Context(types, symbols, float64)
+    types = tuple(known_dims(v.type, symbols) for v in node.outputs)
+    context = Context(types, symbols, float64, communicator)
     outputs = results(definition.reference(arguments, with_defaults(node.op, node.attrs), context))
     if len(outputs) < len(node.outputs):
         raise GraphError(
@@ -102,14 +121,6 @@ def bind_inputs(graph: Graph, inputs: Mapping[str, np.ndarray], symbols: dict[st
             elif isinstance(dim, int) and dim != size:
                 raise GraphError(f"{graph.name}: input {value.name} has shape {list(shape)}, expected {value.type}")
     return symbols
-
-
-def _bound(type_: TensorType, symbols: Mapping[str, int]) -> TensorType:
-    def number(dim):
-        known = isinstance(dim, int) or all(n in symbols for n in dim.names)
-        return bind(dim, symbols) if known else dim
-
-    return TensorType(type_.dtype, tuple(number(d) for d in type_.shape))
 
 
 def _is_float(array: np.ndarray) -> bool:

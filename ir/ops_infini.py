@@ -9,19 +9,22 @@ Symbols: T tokens and R requests of a step, L rows of logits; within one request
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from ir.errors import GraphError
 from ir.ops_model import (
     _infer_add_rms_norm,
+    _infer_all_gather,
     _infer_binary,
     _infer_embedding,
     _infer_gather_rows,
     _infer_reshape,
     _infer_rms_norm,
     _infer_unary,
+    all_gather,
+    all_reduce,
     attend,
     reshape,
     rms_normalise,
@@ -29,7 +32,7 @@ from ir.ops_model import (
     silu_of,
 )
 from ir.optable import op, with_defaults
-from ir.types import DTYPES, Dim, TensorType, bind, sym
+from ir.types import DTYPES, Dim, TensorType, bind, dim_bind, dim_sum, sym
 
 INFINI = "infini"
 
@@ -43,6 +46,7 @@ IN_PLACE: dict[str, dict[int, int]] = {
     "infini.mul": {0: 0},
     "infini.paged_caching": {0: 0, 1: 1},
     "infini.rearrange_into": {0: 0},
+    "infini.all_reduce": {0: 0},
 }
 # results that MUST take the operand's memory: the call writes a part of it
 WRITES_INTO: dict[str, dict[int, int]] = {"infini.paged_caching": {0: 0, 1: 1}, "infini.rearrange_into": {0: 0}}
@@ -98,12 +102,11 @@ def view_permute(inputs, attrs, context):
 
 def _infer_join(types, attrs):
     first, axis = types[0], attrs["axis"]
-    total: Any = 0
+    total = dim_sum(t.shape[axis] for t in types)
+    _need(total is not None, f"view.join: the sizes {', '.join(str(t.shape[axis]) for t in types)} have no sum")
     for t in types:
-        _need(isinstance(t.shape[axis], int), f"view.join: axis {axis} of {t} is not a number")
         same = t.shape[:axis] + t.shape[axis + 1 :] == first.shape[:axis] + first.shape[axis + 1 :]
         _need(same and t.dtype == first.dtype, f"view.join: {t} does not fit {first} on axis {axis}")
-        total += t.shape[axis]
     return [first.with_shape(*first.shape[:axis], total, *first.shape[axis + 1 :])]
 
 
@@ -254,9 +257,9 @@ def _infer_gemm(types, attrs):
     "infini.gemm",
     INFINI,
     "a b",
-    "alpha * a @ b; alpha is scale (a Meta field) times the attribute",
+    "alpha * a @ b; alpha is scale (a Meta field) times the attribute; each: one call per matrix; pitch: elements from row to row of the result, if not dense",
     infer=_infer_gemm,
-    attrs={"alpha": 1.0, "scale": ""},
+    attrs={"alpha": 1.0, "scale": "", "each": False, "pitch": None},
 )
 def gemm(inputs, attrs, context):
     a, b = inputs
@@ -358,7 +361,7 @@ def _infer_paged_caching(types, attrs):
     _need(
         k_cache == v_cache and k_cache.rank == 4 and k == v, f"paged_caching: caches {k_cache}, {v_cache}, k {k}, v {v}"
     )
-    _need(slots.dtype == "i64" and slots.shape == k.shape[:1], f"paged_caching: slots are {slots}, k is {k}")
+    _need(slots.dtype in ("i32", "i64") and slots.shape == k.shape[:1], f"paged_caching: slots are {slots}, k is {k}")
     return [k_cache, v_cache]
 
 
@@ -427,6 +430,19 @@ def paged_attention_ragged(inputs, attrs, context):
     return out
 
 
+# --- many devices ---------------------------------------------------------------------------------------------------------------------------------
+
+op("infini.all_reduce", INFINI, "x", "the sum of all devices' x, a call of infiniccl", infer=_infer_unary)(all_reduce)
+op(
+    "infini.all_gather",
+    INFINI,
+    "x",
+    "all devices' x side by side on the last axis, which then has size elements; infiniccl's call does it for one row",
+    infer=_infer_all_gather,
+    attrs={"size": ...},
+)(all_gather)
+
+
 # --- loops ----------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -455,7 +471,7 @@ def loop_requests(inputs, attrs, context):
         values = [q[here], k[here], v[here], k_cache[r], v_cache[r]]
         symbols = {**context.symbols, "len": n, "pos": start, "total": start + n, "cap": k_cache.shape[2]}
         feeds = {i.name: a for i, a in zip(body.inputs, values)}
-        results = run(body, feeds, symbols=symbols, float64=context.float64)
+        results = run(body, feeds, symbols=symbols, float64=context.float64, communicator=context.communicator)
         out[here], k_cache[r], v_cache[r] = (results[o] for o in body.outputs)
         row += n
     return out, k_cache, v_cache
@@ -494,18 +510,18 @@ def loop_layers(inputs, attrs, context):
     collected: list[list[np.ndarray]] = [[] for _ in body.outputs[carried:]]
     for i in range(count):
         feeds = dict(zip((v.name for v in body.inputs), state + [item[i] for item in lists] + invariant))
-        results = run(body, feeds, symbols=context.symbols, float64=context.float64)
+        results = run(body, feeds, symbols=context.symbols, float64=context.float64, communicator=context.communicator)
         state = [results[o] for o in body.outputs[:carried]]
         for items, name in zip(collected, body.outputs[carried:]):
             items.append(results[name])
     return state + [a for items in collected for a in items]
 
 
-def scratch_dims(type_: TensorType) -> tuple[int, Dim]:
-    """A tensor's size as (static number of bytes) x (product of symbols, or 1)."""
+def scratch_dims(type_: TensorType, full: Mapping[str, int] | None = None) -> tuple[int, Dim]:
+    """A tensor's size as (static number of bytes) x (product of symbols, or 1); ``full`` has values of symbols that count as static."""
     coef = DTYPES[type_.dtype].bytes
     names: list[str] = []
-    for d in type_.shape:
+    for d in (dim_bind(d, full or {}) for d in type_.shape):
         if isinstance(d, int):
             coef *= d
         else:

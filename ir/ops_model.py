@@ -10,7 +10,7 @@ import numpy as np
 
 from ir.errors import GraphError
 from ir.optable import op
-from ir.types import DTYPES, Dim, Sym, TensorType, dim_product
+from ir.types import DTYPES, Dim, Sym, TensorType, bind, dim_divide, dim_product, dim_sum
 
 MODEL, FUSED = "model", "fused"
 BOTH = (MODEL, FUSED)
@@ -156,7 +156,7 @@ def reshape(inputs, attrs, context):
 def _infer_split(types, attrs):
     x, axis, sizes = types[0], attrs["axis"], attrs["sizes"]
     _need(
-        0 <= axis < x.rank and x.shape[axis] == sum(sizes),
+        0 <= axis < x.rank and x.shape[axis] == dim_sum(sizes),
         f"split of {x} on axis {axis} into {list(sizes)}: the sizes do not add up",
     )
     return [x.with_shape(*x.shape[:axis], s, *x.shape[axis + 1 :]) for s in sizes]
@@ -172,7 +172,8 @@ def _infer_split(types, attrs):
     results=None,
 )
 def split(inputs, attrs, context):
-    return np.split(inputs[0], np.cumsum(attrs["sizes"])[:-1], axis=attrs["axis"])
+    sizes = [bind(s, context.symbols) for s in attrs["sizes"]]
+    return np.split(inputs[0], np.cumsum(sizes)[:-1], axis=attrs["axis"])
 
 
 # --- rope -----------------------------------------------------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def _infer_cached(types, attrs):
     groups = k.shape[1]
     _need(k.shape == (tokens, groups, dim), f"attention_cached: q is {q}, k is {k}")
     _need(
-        isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0,
+        isinstance(dim_divide(heads, groups), int),
         f"attention_cached: {heads} heads, {groups} kv heads",
     )
     _need(k_cache == v_cache and k_cache.rank == 4, f"attention_cached: caches are {k_cache} and {v_cache}")
@@ -424,3 +425,34 @@ def _infer_gather_rows(types, attrs):
 @op("gather_rows", FUSED, "x rows", "the chosen rows of x [T, K]: [L, K]", infer=_infer_gather_rows)
 def gather_rows(inputs, attrs, context):
     return inputs[0][inputs[1]]
+
+
+# --- many devices ---------------------------------------------------------------------------------------------------------------------------------
+# Every device runs the same graph on its part of the weights; these two are where they meet.
+
+
+@op("all_reduce", FUSED, "x", "the sum of all devices' x", infer=_infer_unary)
+def all_reduce(inputs, attrs, context):
+    return inputs[0] if context.communicator is None else context.communicator.all_reduce(inputs[0])
+
+
+def _infer_all_gather(types, attrs):
+    x = types[0]
+    _need(x.rank >= 1, f"all_gather takes a tensor with axes, not {x}")
+    part, size = x.shape[-1], attrs["size"]
+    _need(
+        not isinstance(part, int) or size % part == 0, f"all_gather of {x}: {size} elements are no multiple of {part}"
+    )
+    return [x.with_shape(*x.shape[:-1], size)]
+
+
+@op(
+    "all_gather",
+    FUSED,
+    "x",
+    "all devices' x side by side on the last axis, which then has size elements",
+    infer=_infer_all_gather,
+    attrs={"size": ...},
+)
+def all_gather(inputs, attrs, context):
+    return inputs[0] if context.communicator is None else context.communicator.all_gather(inputs[0])

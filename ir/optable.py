@@ -53,11 +53,13 @@ class OpDef:
 
 @dataclass(frozen=True)
 class Context:
-    """What a reference may need beside its operands: the node's output types with every symbol bound, and whether all is computed in float64."""
+    """What a reference may need beside its operands: the node's output types with every symbol bound, whether all is computed in float64, and who the
+    other devices are (see ir.interp.Communicator)."""
 
     types: tuple[TensorType, ...]
     symbols: Mapping[str, int]
     float64: bool
+    communicator: Any = None
 
 
 OPS: dict[str, OpDef] = {}

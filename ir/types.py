@@ -126,6 +126,19 @@ def dim_product(dims: Iterable[Dim]) -> Dim:
     return result
 
 
+def dim_sum(dims: Iterable[Dim]) -> Dim | None:
+    """The sum of multiples of the same symbols (``2*G + G`` is ``3*G``); None where it is no product, such as ``G + 1``."""
+    coefs: dict[tuple[str, ...], int] = {}
+    for d in dims:
+        coef, names = (d, ()) if isinstance(d, int) else (d.coef, d.names)
+        coefs[names] = coefs.get(names, 0) + coef
+    terms = [(coef, names) for names, coef in coefs.items() if coef]
+    if len(terms) > 1:
+        return None
+    coef, names = terms[0] if terms else (0, ())
+    return Sym(coef, names) if names else coef
+
+
 def dim_divide(a: Dim, b: Dim) -> Dim | None:
     """``a / b`` where it is exact, else None."""
     coef_a, names_a = (a, ()) if isinstance(a, int) else (a.coef, a.names)
@@ -148,6 +161,15 @@ def bind(dim: Dim, symbols: Mapping[str, int]) -> int:
         raise GraphError(f"dimension {dim}: symbol {missing} has no value") from None
 
 
+def dim_bind(dim: Dim, symbols: Mapping[str, int]) -> Dim:
+    """The dimension with the values of those symbols that have one."""
+    if isinstance(dim, int):
+        return dim
+    rest = tuple(n for n in dim.names if n not in symbols)
+    coef = dim.coef * math.prod(symbols[n] for n in dim.names if n in symbols)
+    return Sym(coef, rest) if rest else coef
+
+
 @dataclass(frozen=True)
 class TensorType:
     """Element type (a key of DTYPES) and shape; a rank-0 tensor has shape ``()``."""
@@ -167,3 +189,8 @@ class TensorType:
 
     def with_dtype(self, dtype: str) -> "TensorType":
         return TensorType(dtype, self.shape)
+
+
+def known_dims(type_: TensorType, symbols: Mapping[str, int]) -> TensorType:
+    """The type with these symbols' values put in; other symbols stay."""
+    return TensorType(type_.dtype, tuple(dim_bind(d, symbols) for d in type_.shape))

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from ir.errors import GraphError
 from ir.graph import STAGES, Graph, Node
 from ir.optable import lookup, with_defaults
+from ir.types import TensorType, known_dims
 
 
 def verify(graph: Graph, stages: Collection[str] = ()) -> Graph:
@@ -24,7 +25,9 @@ def verify(graph: Graph, stages: Collection[str] = ()) -> Graph:
     defined = {v.name for v in graph.inputs} | set(graph.constants)
     graph.values  # raises where a name is defined twice
     for constant in graph.constants.values():
-        if tuple(constant.data.shape) != constant.value.type.shape or constant.data.dtype != constant.value.type.dtype:
+        # A weight that devices share is whole here: its type's symbols stand for one device's part, meta["shard"] for all of it.
+        whole = known_dims(constant.value.type, graph.meta.get("shard", {}))
+        if TensorType(constant.data.dtype, tuple(constant.data.shape)) != whole:
             raise GraphError(
                 f"{graph.name}: constant {constant.name} is {constant.value.type}, its data is {constant.data.dtype}{list(constant.data.shape)}"
             )

@@ -4,7 +4,8 @@ Views share their operand's memory. Calls that InfiniCore allows in place (ir.op
 is allocated side by side. A value that a loop carries stays in one place from run to run. The rest gets scratch memory, reused as soon as it is free.
 
 Sizes are symbolic: scratch buffers are grouped by their symbol (``T``, ``L``, ``len*total``), and offsets are planned within a group as bytes per unit of it, so
-one plan serves every batch size: the address of a buffer is its group's base plus ``offset`` times the symbol's value.
+one plan serves every batch size: the address of a buffer is its group's base plus ``offset`` times the symbol's value. Sizes that devices share (passes.shard) count as
+one device's: an upper bound, so one plan serves every number of devices. The places of values keep all symbols.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from ir.errors import GraphError
 from ir.graph import Graph, Node
 from ir.ops_infini import IN_PLACE, WRITES_INTO, scratch_dims
-from ir.types import Dim, TensorType, dim_product
+from ir.optable import with_defaults
+from ir.types import Dim, TensorType, dim_product, dim_sum
 
 ALIGNMENT = 64  # bytes: a cache line, and what vector loads of every target like
 
@@ -86,24 +88,31 @@ class _Storage:
         return any(a <= d and c <= b for a, b in self.live for c, d in other.live)
 
 
-def plan_memory(graph: Graph, arguments: Mapping[str, Place] | None = None, scope: str = "main") -> Plan:
+def plan_memory(
+    graph: Graph,
+    arguments: Mapping[str, Place] | None = None,
+    scope: str = "main",
+    full: Mapping[str, int] | None = None,
+) -> Plan:
     """Plan a graph at stage "infini".
 
     Args:
         arguments: places of the graph's inputs that lie in the caller's memory, and of ``"out"``, where its first output must go.
+        full: values of symbols that do not count as symbols in buffers' sizes; what ``meta["shard"]`` says if not given.
 
     Raises:
         GraphError: a view cannot be expressed with strides, or a loop carries a value that cannot stay in one place.
     """
-    planner = _Planner(arguments or {}, scope)
+    planner = _Planner(arguments or {}, scope, graph.meta.get("shard", {}) if full is None else full)
     planner.run(graph)
     return planner.result()
 
 
 class _Planner:
-    def __init__(self, arguments: Mapping[str, Place], scope: str) -> None:
+    def __init__(self, arguments: Mapping[str, Place], scope: str, full: Mapping[str, int]) -> None:
         self.arguments = arguments
         self.scope = scope
+        self.full = full
         self.places: dict[str, dict[str, Place]] = {}
         self.buffers: dict[str, Buffer] = {}
         self.storages: dict[str, _Storage] = {}
@@ -125,7 +134,7 @@ class _Planner:
 
     def _owned(self, name: str, type_: TensorType, kind: str) -> Place:
         """A place in memory that somebody else allocates."""
-        size, unit = scratch_dims(type_)
+        size, unit = scratch_dims(type_, self.full)
         self.buffers[name] = Buffer(name, kind, type_.dtype, size, unit)
         return Place(name, (), contiguous_strides(type_.shape), type_)
 
@@ -186,10 +195,12 @@ class _Planner:
             return self._part_of_join(
                 graph, joins[value.name], value, places, now, end
             )  # a part lives as long as the whole
-        return self._scratch(value.name, value.type, now, end)
+        return self._scratch(value.name, value.type, now, end, with_defaults(node.op, node.attrs).get("pitch"))
 
-    def _scratch(self, name: str, type_: TensorType, now: int, end: int) -> Place:
-        size, unit = scratch_dims(type_)
+    def _scratch(self, name: str, type_: TensorType, now: int, end: int, pitch: Dim | None = None) -> Place:
+        # Rows that are further apart than they are long: memory of a wider tensor.
+        whole = type_ if pitch is None else type_.with_shape(*type_.shape[:-1], pitch)
+        size, unit = scratch_dims(whole, self.full)
         base, _, number = name.rpartition(".")
         name = base if base and number.isdigit() else name  # all layers share the buffer
         name = name if self.scope == "main" else f"{self.scope}.{name}"
@@ -200,7 +211,7 @@ class _Planner:
         buffer = Buffer(unique, "scratch", type_.dtype, size, unit)
         self.buffers[unique] = buffer
         self.storages[unique] = _Storage(buffer, [(now, end)])
-        return Place(unique, (), contiguous_strides(type_.shape), type_)
+        return Place(unique, (), contiguous_strides(whole.shape), type_)
 
     def _occupy(self, buffer: str, now: int, end: int, name: str) -> None:
         storage = self.storages.get(buffer)
@@ -219,13 +230,10 @@ class _Planner:
         if joined.name not in places:
             places[joined.name] = self._scratch(joined.name, joined.type, now, until)
         whole, axis = places[joined.name], node.attrs["axis"]
-        before: Dim = 0
-        for part in node.inputs[:i]:
-            size = graph.type(part).shape[axis]
-            if not isinstance(size, int) or not isinstance(before, int):
-                raise GraphError(f"join {joined.name}: axis {axis} has no fixed size")
-            before += size
-        offset = (before * whole.strides[axis],) if before else ()
+        before = dim_sum(graph.type(part).shape[axis] for part in node.inputs[:i])
+        if before is None:
+            raise GraphError(f"join {joined.name}: the sizes of axis {axis} have no sum")
+        offset = (before * whole.strides[axis],) if before != 0 else ()
         return Place(whole.buffer, whole.offset + offset, whole.strides, value.type)
 
     def _view(self, node: Node, places, joins) -> Place:
@@ -301,7 +309,7 @@ class _Planner:
             if not places[node.output].contiguous():
                 raise GraphError(f"{node.output}: the attention's result is not contiguous")
             arguments["out"] = Place("out", (), contiguous_strides(out.shape), out)
-            plan = plan_memory(body, arguments, which)
+            plan = plan_memory(body, arguments, which, self.full)
             self.places.update({which: dict(plan.places[which])})
             self.buffers.update({n: b for n, b in plan.buffers.items() if b.kind == "scratch"})
             self.groups.update(plan.groups)

@@ -41,6 +41,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="context length (default: all that was compiled for)"
     )
+    parser.add_argument("--ndev", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    parser.add_argument("--dev-ids", metavar="0,1", help="which devices (default: the first N)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -56,6 +58,8 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         quant=args.quant,
         threads=args.threads,
         max_tokens=args.max_tokens,
+        ndev=args.ndev,
+        dev_ids=None if args.dev_ids is None else _numbers(args.dev_ids, "--dev-ids"),
     )
 
 
@@ -92,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_tokens(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise ConfigError(f"--tokens is {text!r}, expected numbers separated by commas") from None
+        raise ConfigError(f"{option} is {text!r}, expected numbers separated by commas") from None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     chat = args.chat or args.system is not None or args.think
     if args.tokens is not None and chat:
         raise ConfigError("--tokens: found --chat, --system or --think as well, which need --prompt")
-    prompt: Any = args.prompt if args.tokens is None else _parse_tokens(args.tokens)
+    prompt: Any = args.prompt if args.tokens is None else _numbers(args.tokens, "--tokens")
     if prompt == "-":
         try:
             prompt = sys.stdin.read()

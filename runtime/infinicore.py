@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime import canaries
 from runtime.errors import BuildError, ConfigError, InfiniCoreError, UnsupportedError
 from runtime.structs import STATUS_NAMES, DeviceType
 
 LIBRARIES = ("libinfinirt.so", "libinfiniop.so", "libinfiniccl.so")
 PROBE_SYMBOL = "infiniopCreateHandle"
 EMBEDDED_SYMBOL = "infinicpuIsa"
+SIMULATOR_SYMBOL = "infinicpuSimulate"
+# What tensor parallelism calls at least.
+COLLECTIVES = ("CommInitAll", "CommDestroy", "AllReduce")
 
 # Declared by every InfiniCore, implemented for its CPU by none: a build made for the embedded library may use them.
 NOT_ON_A_REAL_CPU = (
@@ -48,6 +52,10 @@ class Provider:
     def has(self, symbol: str) -> bool:
         return any(hasattr(handle, symbol) for handle in self.handles)
 
+    def function(self, symbol: str) -> Any:
+        """A function of it for ctypes, or None."""
+        return next((getattr(handle, symbol) for handle in self.handles if hasattr(handle, symbol)), None)
+
 
 class _DlInfo(ctypes.Structure):
     _fields_ = [
@@ -60,6 +68,7 @@ class _DlInfo(ctypes.Structure):
 
 _lock = threading.Lock()
 _loaded: Provider | None = None
+_simulated: dict[int, Any] = {}  # the records that play, by device
 
 
 def file_of_symbol(library: ctypes.CDLL, symbol: str) -> Path | None:
@@ -151,10 +160,18 @@ def _folder(root: Path, what: str) -> Path:
     return root
 
 
-def load(manifest: dict[str, Any]) -> Provider:
-    """Load the InfiniCore that a build needs, and check that it has every op that the build calls.
+def load(manifest: dict[str, Any], *, ndev: int = 1, device_id: int = 0) -> Provider:
+    """Load the InfiniCore that a build needs, and check that it has every op that the build calls, with the meaning that the build expects.
 
-    Raises BuildError (not there, not loadable, a second one in this process) or UnsupportedError (an op is missing).
+    Args:
+        manifest: the build's.
+        ndev: devices that the model shall run on; more than one need collectives.
+        device_id: a device that the model shall run on, for the checks that compute something.
+
+    Raises:
+        BuildError: it is not there, not loadable, or a second one in this process.
+        UnsupportedError: an op is missing, or takes its arguments otherwise than the build gives them.
+        InfiniCoreError: the device does not work.
     """
     global _loaded
     with _lock:
@@ -166,14 +183,37 @@ def load(manifest: dict[str, Any]) -> Provider:
                 raise BuildError(_second(_loaded.root, root))
         provider = _loaded
         assert provider is not None
-    check_ops(provider, manifest)
+        check_ops(provider, manifest)
+        check_collectives(provider, manifest, ndev)
+        if manifest.get("simulate"):
+            _simulate(provider, manifest)
+    canaries.check(provider.function, provider.root, manifest, device_id)
     return provider
+
+
+def _simulate(provider: Provider, manifest: dict[str, Any]) -> None:
+    """Let the embedded library play the device that the build is for; a record that plays already stays."""
+    if not provider.has(SIMULATOR_SYMBOL):
+        raise UnsupportedError(
+            f"this build is for a simulated {manifest['target']}, and the InfiniCore at {provider.root} has no simulator: "
+            "unset INFINI_ROOT, or build without --simulate"
+        )
+    device, record = int(manifest["device"]), manifest["simulate"]
+    if _simulated.get(device) == record:
+        return
+    from runtime.infinicpu import simulator
+
+    library = next(handle for handle in provider.handles if hasattr(handle, SIMULATOR_SYMBOL))
+    simulator.simulate(library, record)
+    _simulated[device] = record
 
 
 def _is_good_enough(manifest: dict[str, Any]) -> bool:
     """Whether what is loaded needs no further look: the build takes any, or the embedded one and has it."""
     if _loaded is None or os.environ.get("INFINI_ROOT"):
         return False
+    if _loaded.embedded and int(manifest["device"]) != DeviceType.DEVICE_TYPE_CPU and not manifest.get("simulate"):
+        return False  # it has no such device
     return manifest["infinicore"] == "any" or (manifest["infinicore"] == "embedded" and _loaded.embedded)
 
 
@@ -185,6 +225,15 @@ def check_ops(provider: Provider, manifest: dict[str, Any]) -> None:
             raise UnsupportedError(
                 f"the InfiniCore at {provider.root} has no {symbol}, which this build (record {manifest['record']}) "
                 "calls: rebuild with --infinicore DIR for that InfiniCore"
+            )
+
+
+def check_collectives(provider: Provider, manifest: dict[str, Any], ndev: int) -> None:
+    """UnsupportedError naming the first function of infiniccl that several devices need and this InfiniCore has not."""
+    for name in manifest.get("collectives") or COLLECTIVES if ndev > 1 else ():
+        if not provider.has(f"infiniccl{name}"):
+            raise UnsupportedError(
+                f"the InfiniCore at {provider.root} has no infiniccl{name}, which {ndev} devices need: use one device"
             )
 
 

@@ -79,6 +79,7 @@ class Qwen3ForCausalLM:
         prefill_chunk: prompts are computed in pieces of at most this many tokens.
         max_caches: how many caches generate() and stream() keep for prefix reuse.
         check_weights: warn about NaN and infinite weights.
+        dev_ids: which devices of that kind, ``ndev`` different numbers; default: 0, 1, ...
 
     Raises:
         Qwen3Error: one line saying what was found and what was expected.
@@ -100,6 +101,7 @@ class Qwen3ForCausalLM:
         prefill_chunk: int = 512,
         max_caches: int = 32,
         check_weights: bool = True,
+        dev_ids: Sequence[int] | None = None,
     ) -> None:
         wanted = None if device is None else DeviceType.parse(device)
         for name, value in (
@@ -110,6 +112,9 @@ class Qwen3ForCausalLM:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number, at least 1")
+        ids = list(range(ndev)) if dev_ids is None else list(dev_ids)
+        if len(ids) != ndev or len(set(ids)) != ndev or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ConfigError(f"dev_ids is {ids}, expected {ndev} different device numbers (ndev)")
         dtype = None if dtype is None else dtype_name(dtype)
         folder = None if model_dir_path is None else Path(model_dir_path).expanduser()
         if folder is not None and not folder.is_dir():
@@ -125,7 +130,7 @@ class Qwen3ForCausalLM:
         # A build from ONNX may keep its weights elsewhere than where the tokenizer lies.
         weights = Qwen3WeightsImpl.from_manifest(self.build, self.build.weights_folder(folder), ndev, check_weights)
         self.weight_bytes, self.weight_bytes_per_token = weights.nbytes, weights.nbytes_per_token
-        self._engine = Engine(load_library(library_path), meta, weights, found_device, list(range(ndev)))
+        self._engine = Engine(load_library(library_path), meta, weights, found_device, ids)
         try:
             if kv_pool_tokens is not None:
                 self._engine.set_pool_size(kv_pool_tokens)

@@ -223,7 +223,7 @@ def test_null_pointers_devices_and_counts(library, meta, weights):
         refuse(library, meta, weights, device=1), "device 1, this engine was compiled for 0", f"status {NO_DEVICE}"
     )
     for ndev in (2, 0, -1):
-        one_line(refuse(library, meta, weights, ndev=ndev), f"ndev is {ndev}, this engine was compiled for 1 device")
+        one_line(refuse(library, meta, weights, ndev=ndev), f"ndev is {ndev}")
     library.destroyQwen3Model(None)
     assert library.lengthKVCache(None) == 0
 

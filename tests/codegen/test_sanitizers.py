@@ -54,7 +54,14 @@ def driver(build_engine: Builder):
                 f"{root}/include",
             ]
             command += [str(DRIVER), str(sources / "qwen3.cpp"), "-o", str(out)]
-            command += [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-linfiniop", "-linfinirt", "-lpthread"]
+            command += [
+                f"-L{root}/lib",
+                f"-Wl,-rpath,{root}/lib",
+                "-linfiniop",
+                "-linfinirt",
+                "-linfiniccl",
+                "-lpthread",
+            ]
             done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             assert done.returncode == 0, done.stderr
             made[key] = out

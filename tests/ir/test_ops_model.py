@@ -258,12 +258,44 @@ def t(*shape, dtype="f32"):
         ),
         ("gather_rows", [t(S, 4), t(sym("L"))], {}, "gather_rows takes"),
         ("embedding", [t(S), t(5, 4)], {"dtype": ""}, "embedding takes"),
+        ("all_gather", [t(S, 4)], {"size": 10}, "10 elements are no multiple of 4"),
+        ("all_gather", [t()], {"size": 8}, "takes a tensor with axes"),
+        ("all_reduce", [t(S, 4, dtype="i32")], {}, "takes a floating-point tensor"),
+        ("split", [t(S, 6 * sym("G"))], {"axis": 1, "sizes": (4 * sym("G"), 2)}, "the sizes do not add up"),
+        (
+            "attention_cached",
+            [
+                t(S, 3 * sym("I"), 8),
+                *[t(S, sym("G"), 8)] * 2,
+                *[t(B, sym("G"), sym("C"), 8)] * 2,
+                *[t(B, dtype="i32")] * 2,
+            ],
+            {"scale": 1.0},
+            "3*I heads, G kv heads",
+        ),
     ],
 )
 def test_shape_rules_refuse(op, types, attrs, message):
     with pytest.raises(GraphError) as caught:
         infer(op, types, attrs)
     assert message in str(caught.value)
+
+
+def test_sizes_that_devices_share_are_symbols():
+    heads = sym("G")
+    assert infer("split", [t(S, 6 * heads)], {"axis": 1, "sizes": (4 * heads, heads, heads)}) == [
+        t(S, 4 * heads),
+        t(S, heads),
+        t(S, heads),
+    ]
+    parts = lookup("split").reference(
+        [np.arange(12).reshape(1, 12)], {"axis": 1, "sizes": (4 * heads, heads, heads)}, Context((), {"G": 2}, True)
+    )
+    assert [p.shape[1] for p in parts] == [8, 2, 2]
+    q, kv = t(S, 3 * heads, 8), t(S, heads, 8)
+    caches = [t(B, heads, sym("C"), 8)] * 2
+    assert infer("attention_cached", [q, kv, kv, *caches, *[t(B, dtype="i32")] * 2], {"scale": 1.0})[0] == q
+    assert infer("all_gather", [t(S, sym("V"))], {"size": 12}) == [t(S, 12)]
 
 
 def test_every_op_has_a_line_of_doc():

@@ -14,11 +14,14 @@ from ir.types import (
     Sym,
     TensorType,
     bind,
+    dim_bind,
     dim_divide,
     dim_product,
+    dim_sum,
     dtype_from_onnx,
     dtype_from_safetensors,
     dtype_of,
+    known_dims,
     parse_dim,
     sym,
 )
@@ -51,6 +54,33 @@ def test_quotients_that_do_not_exist():
     assert dim_divide(sym("S") * 3, 2) is None
     assert dim_divide(4, 0) is None
     assert dim_divide(6, sym("S")) is None
+
+
+@PROFILE
+@given(st.lists(DIM, max_size=5))
+def test_sums(dims):
+    total = dim_sum(dims)
+    like = len({d.names if isinstance(d, Sym) else () for d in dims}) <= 1
+    assert (total is not None) == like
+    if total is not None:
+        assert bind(total, VALUES) == sum(bind(d, VALUES) for d in dims)
+
+
+def test_sums_that_are_no_products():
+    heads = sym("G")
+    assert dim_sum([3 * heads, heads, heads]) == 5 * heads and dim_sum([]) == 0 and dim_sum([2, 5]) == 7
+    assert dim_sum([0, heads]) == heads and dim_sum([heads, -1 * heads]) == 0
+    assert dim_sum([heads, 1]) is None and dim_sum([heads, sym("I")]) is None
+
+
+@PROFILE
+@given(DIM, st.sets(st.sampled_from(NAMES)))
+def test_values_of_some_symbols(dim, known):
+    values = {n: VALUES[n] for n in known}
+    part = dim_bind(dim, values)
+    assert not isinstance(part, Sym) or not known & set(part.names)
+    assert bind(part, VALUES) == bind(dim, VALUES)
+    assert known_dims(TensorType("f32", (dim, 3)), values) == TensorType("f32", (part, 3))
 
 
 def test_symbols_from_any_text():

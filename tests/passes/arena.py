@@ -13,7 +13,7 @@ import numpy as np
 
 from ir import constants
 from ir.graph import Graph, Node
-from ir.interp import bind_inputs
+from ir.interp import Communicator, bind_inputs
 from ir.optable import Context, lookup, results, with_defaults
 from ir.types import DTYPES, TensorType, bind
 from passes.plan import Place, Plan, contiguous_strides
@@ -28,6 +28,7 @@ class Arena:
         graph: with every float in f64 (but for rotary frequencies).
         inputs: as for ir.interp.run; arrays are copied.
         symbols: of sizes that no input binds.
+        communicator: as for ir.interp.run.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Arena:
         inputs: Mapping[str, np.ndarray],
         folder: Path | None = None,
         symbols: Mapping[str, int] | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         self.graph, self.plan = graph, plan
-        self.symbols = bind_inputs(graph, inputs, dict(symbols or {}))
+        self.communicator = communicator
+        self.symbols = {**graph.meta.get("shard", {}), **bind_inputs(graph, inputs, dict(symbols or {}))}
         self.memory: dict[str, tuple[np.ndarray, int]] = {}  # buffer -> bytes and where it begins in them
         self.alias: dict[str, str] = {}  # the first run's buffer -> this run's
         for value in graph.inputs:
@@ -112,7 +115,9 @@ class Arena:
         # Copies, so that no result is computed in the operands' own memory by chance.
         copies = [np.array(o, np.float64 if o.dtype.kind == "f" else o.dtype) for o in operands]
         found = results(
-            lookup(node.op).reference(copies, with_defaults(node.op, node.attrs), Context(types, symbols, True))
+            lookup(node.op).reference(
+                copies, with_defaults(node.op, node.attrs), Context(types, symbols, True, self.communicator)
+            )
         )
         for value, array in zip(node.outputs, found):
             if node.op.startswith("setup."):
@@ -144,7 +149,7 @@ class Arena:
             which = "decode" if n == 1 else "prefill"
             body: Graph = node.attrs[which]
             capacity = bind(self.graph.type(self._first_cache()).shape[2], symbols)
-            here = {**symbols, "len": n, "pos": start, "total": start + n, "cap": capacity}
+            here = {**symbols, "len": n, "pos": start, "total": start + n, "cap": capacity, "ld": max(start + n, 2)}
             self.scratch(which, here)
             for argument, name in zip(("q", "k", "v", "out"), (*node.inputs[:3], node.output)):
                 place = places[name]

@@ -21,9 +21,10 @@ from passes.targets import OpSupport, Target, targets
 from tests.models import random_config, write_checkpoint
 from tests.passes.helpers import assert_close, ragged_inputs
 
-# Layers, heads, kv heads, head_dim, tied. The last one has a head size that every target's paged attention takes.
+# Layers, heads, kv heads, head_dim, tied. The last one has a head size that every target's paged attention takes, and an inner size that every swiglu takes.
 SHAPES = ((1, 3, 1, 10, True), (2, 6, 3, 6, False), (3, 6, 1, 4, True), (4, 2, 2, 14, False), (2, 4, 2, 64, False))
 WIDE = SHAPES[4]
+INNER = {WIDE: 104}
 CONTEXT = 60
 # Requests of one batch: tokens cached already, new ones. Requests of one token come first, as the engine sorts them; 16 is a block.
 REQUESTS = ((5, 1), (0, 1), (16, 1), (0, 7), (3, 4), (14, 20), (31, 2))
@@ -31,10 +32,11 @@ CAPACITY = 37
 _ROOT = Path(tempfile.mkdtemp(prefix="lowered-"))
 
 
-def any_dtype(name: str, *without: str) -> Target:
-    """A target that has every op in every dtype, but for those named."""
+def any_dtype(name: str, *without: str, **limits: dict) -> Target:
+    """A target that has every op in every dtype, but for those named, and every collective; ``limits`` are what the records of some ops say besides."""
     names = set().union(*(t.ops for t in targets().values())) - set(without)
-    return Target(name, 0, {op: OpSupport(("f64", "f32", "f16", "bf16")) for op in names}, False, ())
+    ops = {op: OpSupport(("f64", "f32", "f16", "bf16"), **limits.get(op, {})) for op in names}
+    return Target(name, 0, ops, False, ("AllReduce", "AllGather"))
 
 
 @lru_cache(maxsize=None)
@@ -47,6 +49,7 @@ def folder(shape: tuple) -> Path:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         tie_word_embeddings=tied,
+        **({"intermediate_size": INNER[shape]} if shape in INNER else {}),
     )
     return write_checkpoint(_ROOT / str(SHAPES.index(shape)), config, 1)
 
@@ -87,8 +90,9 @@ class Batch:
         return blocks.transpose(1, 0, 2, 3).reshape(array.shape[1], -1, array.shape[3])[:, :length]
 
 
-def batch(graph: Graph, seed: int = 0, block: int = 16, garbage: float = 7.5) -> Batch:
-    """A batch for a fused graph. Everything in the caches that holds no token is ``garbage``: nobody may read or write it."""
+def batch(graph: Graph, seed: int = 0, block: int = 16, garbage: float = 7.5, keys: float = 1.0) -> Batch:
+    """A batch for a fused graph. Everything in the caches that holds no token is ``garbage``: nobody may read or write it. Cached keys are ``keys`` times what the
+    model's are."""
     rng = np.random.default_rng(seed)
     vocabulary = graph.type("logits").shape[-1]
     tokens = [rng.integers(0, vocabulary, new) for _, new in REQUESTS]
@@ -111,7 +115,7 @@ def batch(graph: Graph, seed: int = 0, block: int = 16, garbage: float = 7.5) ->
         full = np.full((len(REQUESTS), groups, CAPACITY, dim), garbage)
         split = np.full((pool, groups, block, dim), garbage)
         for r, start in enumerate(starts):
-            full[r, :, :start] = rng.normal(size=(groups, start, dim))
+            full[r, :, :start] = rng.normal(size=(groups, start, dim)) * (keys if value.name[0] == "k" else 1.0)
             for t in range(start):
                 split[tables[r, t // block], :, t % block] = full[r, :, t]
         caches[value.name], blocks[value.name] = full, split
@@ -141,6 +145,7 @@ def assert_same(
     data: Batch,
     paged: bool,
     bound: float = 1e-12,
+    keys: float = 1.0,
 ) -> None:
     """A graph's results equal those of the fused graph ``before``, and what no token was written to is as it was."""
     assert_close(found["logits"], expected["logits"], "logits", bound)
@@ -152,7 +157,7 @@ def assert_same(
                 data.cache(name, r, array, start + new, p)
                 for array, p in ((found[name], paged), (expected[name], False))
             )
-            assert_close(a, b, f"{name} of request {r}", bound)
+            assert_close(a, b * (keys if name[0] == "k" else 1.0), f"{name} of request {r}", bound)
             if not paged:
                 assert (found[name][r, :, start + new :] == 7.5).all(), name
         if paged:
@@ -175,8 +180,13 @@ def expected(
     return data, run(graph, data.contiguous, folder=folder(shape), float64=True)
 
 
-def check(shape: tuple, graph: Graph, dtype: str = "f64", disable: frozenset[str] = frozenset()) -> None:
-    """An "infini" graph of fused(shape, dtype, disable) computes what that does, in float64."""
+def check(
+    shape: tuple, graph: Graph, dtype: str = "f64", disable: frozenset[str] = frozenset(), keys: float = 1.0
+) -> None:
+    """An "infini" graph of fused(shape, dtype, disable) computes what that does, in float64; its cached keys are ``keys`` times as large."""
     data, wanted = expected(shape, dtype, disable)
+    before = fused(shape, dtype, disable)
+    if keys != 1.0:
+        data = batch(before, keys=keys)
     found = run(graph, data.inputs(graph), folder=folder(shape), float64=True)
-    assert_same(fused(shape, dtype, disable), found, wanted, data, graph.meta["kv"] == "paged")
+    assert_same(before, found, wanted, data, graph.meta["kv"] == "paged", keys=keys)

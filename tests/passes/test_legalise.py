@@ -15,6 +15,7 @@ RECORDS = [*TARGETS, "embedded"]
 
 # Who has the paged ops for half types and a head of 64, per target. Written down here apart from targets.json, so that the two check each other.
 PAGED = {"nvidia", "ascend", "iluvatar", "hygon", "ali", "embedded"}
+UNCERTAIN = {"cambricon", "metax", "moore"}  # a part of paged attention is not known to work
 ADD_RMS_NORM = {"cpu", "nvidia", "cambricon", "metax", "moore", "iluvatar", "hygon", "ali", "embedded"}
 
 
@@ -50,7 +51,8 @@ def test_every_target(name, kv):
     graph = legal(fused(WIDE, "bf16"), target, kv)
     assert graph.meta["kv"] == ("paged" if kv == "auto" and name in PAGED else "contiguous")
     assert ("infini.add_rms_norm" in graph.counts()) == (name in ADD_RMS_NORM)
-    check(WIDE, graph, "bf16")
+    # No factor for ascend's gemm: cached keys carry the root of the scale, and so does each of q and k: 64 ** -0.5 in all.
+    check(WIDE, graph, "bf16", keys=64**-0.25 if name == "ascend" and kv == "contiguous" else 1.0)
     forms = {op: form for op, form, _, _ in graph.meta["legalised"]}
     assert forms.keys() <= FORMS.keys() and forms["attention_cached"] == graph.meta["kv"]
 
@@ -60,9 +62,13 @@ def test_every_record_in_every_dtype_is_compiled_or_refused_in_words(name):
     for dtype, shape in itertools.product(("f32", "f16", "bf16"), (SHAPES[0], WIDE)):
         target = targets()[name]
         half = dtype != "f32"
+        if name == "ascend" and shape != WIDE:
+            with pytest.raises(UnsupportedError, match=r"rope on ascend .* multiple of 16, not 10"):
+                legal(fused(shape, dtype), target)
+            continue
         has_paged = name in PAGED and (name == "embedded" or (half and shape == WIDE))
         assert legal(fused(shape, dtype), target).meta["kv"] == ("paged" if has_paged else "contiguous")
-        if has_paged:
+        if has_paged or (name in UNCERTAIN and half and shape == WIDE):
             assert legal(fused(shape, dtype), target, "paged").meta["kv"] == "paged"
             continue
         with pytest.raises(UnsupportedError) as caught:
@@ -136,8 +142,6 @@ def test_the_head_size_is_a_reason():
         legal(fused(SHAPES[0], "bf16"), targets()["nvidia"], "paged")
     with pytest.raises(UnsupportedError, match=r"paged_attention on nvidia takes f16, bf16, not f32"):
         legal(fused(WIDE, "f32"), targets()["nvidia"], "paged")
-    with pytest.raises(UnsupportedError, match=r"paged_attention_prefill on metax is uncertain"):
-        legal(fused(WIDE, "bf16"), targets()["metax"], "paged")
 
 
 def test_unknown_targets_are_refused():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,14 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return {"target": "cpu", "device": 0, "record": "cpu", "infinicore": "any", "ops": ["infiniopGemm"], **changes}
 
 
-def load(*manifests: dict[str, Any], root: Path | None = None, before: str = "") -> str:
-    """Load each manifest in one fresh process; returns what the last one printed, or its error."""
+def load(
+    *manifests: dict[str, Any],
+    root: Path | None = None,
+    before: str = "",
+    options: str = "",
+    show: str = "provider.root, provider.embedded, provider.handles[0].getInits(), len(provider.handles)",
+) -> str:
+    """Load each manifest in one fresh process; returns what ``show`` gives after the last one, or its error."""
     script = f"""
 import ctypes, json, sys
 from runtime import infinicore
@@ -55,8 +62,8 @@ from runtime.errors import Qwen3Error
 {before}
 try:
     for manifest in json.loads(sys.argv[1]):
-        provider = infinicore.load(manifest)
-    print(provider.root, provider.embedded, provider.handles[0].getInits(), len(provider.handles))
+        provider = infinicore.load(manifest{options})
+    print({show})
 except Qwen3Error as error:
     print(type(error).__name__, error)
 """
@@ -118,6 +125,13 @@ def test_other_devices_need_an_installation(real: Path) -> None:
     assert load(nvidia, root=real) == f"{real} False 1 3"
 
 
+def test_the_embedded_library_stays_no_other_device() -> None:
+    build = manifest(infinicore="embedded", record="embedded", ops=[])
+    for asked in ("any", "embedded"):
+        nvidia = manifest(target="nvidia", device=1, record="nvidia", infinicore=asked, ops=[])
+        assert "this build is for target nvidia: set INFINI_ROOT" in load(build, nvidia)
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     assert load(manifest(), root=tmp_path) == (
         f"BuildError INFINI_ROOT is {tmp_path}: expected an InfiniCore there, found no lib/libinfiniop.so"
@@ -136,3 +150,181 @@ def test_broken_libraries(tmp_path: Path) -> None:
     root = shells(tmp_path / "c", without=("libinfiniccl.so",))
     assert load(manifest(), root=root) == f"{root} False 1 2"
     assert "libinfiniccl.so cannot be loaded" in load(manifest(ops=["infinicclAllReduce"]), root=root)
+
+
+# --- operators that changed while their symbols stayed --------------------------------------------------------------------------------------------
+
+NAMES = ("AddRMSNorm", "PagedCaching", "RoPE", "PagedAttentionPrefill")
+META = dict(d=24, nh=6, nkvh=2, dh=8, epsilon=1e-6)
+OLD_ABI = {
+    "AddRMSNorm": [["o0", "i0", "i1", "i2", "epsilon", "o1"], ["o0", "i0", "i1", "i2", "o1"]],
+    "PagedCaching": [["i2", "i3", "o0", "o1", "i4"]] * 2,
+    "RoPE": [["o0", "i0", "i1", "i2", "i3"]] * 2,
+}
+DEFINITIONS = {"AddRMSNorm": "OLD_ADD_RMS_NORM", "PagedCaching": "OLD_PAGED_CACHING", "RoPE": "OLD_ROPE"}
+
+
+@pytest.fixture(scope="module")
+def era(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``era(*definitions)``: an InfiniCore that is compiled from fake_infinicore.cpp with them, once each."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*definitions: str) -> Path:
+        if definitions not in made:
+            root = shells(tmp_path_factory.mktemp("era") / "infini", without=("libinfiniop.so", "libinfiniccl.so"))
+            source = Path(__file__).parent / "fake_infinicore.cpp"
+            fakes.compile_library(source, root / "lib" / "libinfiniop.so", *(f"-D{d}" for d in definitions))
+            made[definitions] = root
+        return made[definitions]
+
+    return make
+
+
+def calling(*names: str, **changes: Any) -> dict[str, Any]:
+    """The manifest of a build that calls these operators."""
+    parts = ("Create{}Descriptor", "Get{}WorkspaceSize", "{}", "Destroy{}Descriptor")
+    ops = [f"infiniop{part.format(name)}" for name in names for part in parts]
+    given = dict(dtype="f32", meta=META, kv=dict(form="paged", block_size=4), abi=None)
+    return manifest(ops=ops, **{**given, **changes})
+
+
+def old_abi(*names: str) -> dict[str, Any]:
+    return {f"infiniop{name}": OLD_ABI[name] for name in names}
+
+
+ALIVE = "provider.function('getLive')()"
+
+
+def test_operators_that_mean_what_the_build_expects_pass(era: Callable[..., Path]) -> None:
+    assert load(calling(*NAMES), root=era(), show=ALIVE) == "0"  # and nothing is left behind
+    today = old_abi("AddRMSNorm") | {"infiniopAddRMSNorm": [["o0", "o1", "i0", "i1", "i2", "epsilon"]] * 1}
+    today["infiniopAddRMSNorm"].append(["o0", "o1", "i0", "i1", "i2"])
+    assert load(calling(*NAMES, abi=today), root=era(), show=ALIVE) == "0"
+
+
+@pytest.mark.parametrize("name", OLD_ABI)
+def test_an_older_library_passes_for_a_build_that_was_made_for_it(name: str, era: Callable[..., Path]) -> None:
+    root = era(DEFINITIONS[name])
+    assert load(calling(*NAMES, abi=old_abi(name)), root=root, show=ALIVE) == "0"
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("AddRMSNorm", "computes something else than this build was compiled for (y is "),
+        (
+            "PagedCaching",
+            "does not take its arguments as this build was compiled to give them: infiniopCreatePagedCachingDescriptor "
+            "gives status 11 (BAD_TENSOR_SHAPE)",
+        ),
+        ("RoPE", "computes something else than this build was compiled for (y is "),
+    ],
+)
+def test_an_order_that_is_not_the_librarys_is_refused(name: str, found: str, era: Callable[..., Path]) -> None:
+    for root, abi in ((era(DEFINITIONS[name]), None), (era(), old_abi(name))):
+        said = load(calling(*NAMES, abi=abi), root=root)
+        assert said.startswith(f"UnsupportedError {root}/lib/libinfiniop.so: infiniop{name} {found}")
+        assert said.endswith(f"rebuild with --infinicore {root}") and "\n" not in said
+        # Operators that the build does not call are its own affair.
+        assert load(calling(*(n for n in NAMES if n != name), abi=abi), root=root, show=ALIVE) == "0"
+
+
+def test_lengths_that_mean_something_else_are_refused(era: Callable[..., Path]) -> None:
+    said = load(calling("PagedAttentionPrefill"), root=era("HISTORY_LENGTHS"))
+    assert "infiniopPagedAttentionPrefill computes something else" in said and "where it must be 1.5" in said
+    # A library of before 2026-01-09 may take a pointer more and would not survive a call.
+    said = load(calling("PagedAttentionPrefill"), root=era("WITHOUT_CAPTURE"))
+    assert "infiniopPagedAttentionPrefill may be older than this build expects" in said
+
+
+def test_integers_may_have_to_be_wide(era: Callable[..., Path]) -> None:
+    assert load(calling(*NAMES), root=era("WIDE_INTEGERS"), show=ALIVE) == "0"
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        (5, "UnsupportedError {lib}: infiniopRoPE is not supported on cpu here: {create} gives status 5 (DEVICE_TYPE_NOT_SUPPORTED)"),
+        (12, "UnsupportedError {lib}: infiniopRoPE does not take its arguments as this build was compiled to give them: {create} gives status 12 (BAD_TENSOR_STRIDES); rebuild with --infinicore {root}"),
+        (1, "InfiniCoreError {create} failed with status 1: INTERNAL_ERROR"),
+    ],
+)  # fmt: skip
+def test_what_creating_says_is_passed_on(status: int, said: str, era: Callable[..., Path]) -> None:
+    root = era(f"CREATE_STATUS={status}")
+    lib, create = root / "lib" / "libinfiniop.so", "infiniopCreateRoPEDescriptor"
+    assert load(calling("RoPE"), root=root) == said.format(lib=lib, create=create, root=root)
+
+
+def test_each_is_run_once_and_on_a_thread_of_its_own(era: Callable[..., Path]) -> None:
+    """What counts calls is a wrapper around the function that finds the library's."""
+    before = """
+from runtime import canaries
+found, check = [], canaries.check
+def counting(find, *rest):
+    check(lambda name: (found.append(name), find(name))[1], *rest)
+canaries.check = counting
+device = ctypes.c_int()
+"""
+    show = (
+        "found.count('infiniopRoPE'), provider.function('infinirtGetDevice')(ctypes.byref(device), None), device.value"
+    )
+    sizes = {**META, "d": 48}
+    manifests = [calling("RoPE"), calling("RoPE", "AddRMSNorm"), calling("RoPE")]
+    assert load(*manifests, root=era(), before=before, show=show) == "1 0 -1"
+    # Another build's sizes are another matter.
+    assert load(*manifests, calling("RoPE", meta=sizes), root=era(), before=before, show=show) == "2 0 -1"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_the_embedded_library_means_what_builds_expect(dtype: str) -> None:
+    build = calling(*NAMES, dtype=dtype, infinicore="embedded", record="embedded", meta={**META, "dh": 64})
+    assert load(build, show="provider.embedded") == "True"
+    said = load({**build, "abi": old_abi("AddRMSNorm")}, show="provider.embedded")
+    assert "libinfiniop.so: infiniopAddRMSNorm " in said and said.startswith("UnsupportedError")
+
+
+# --- several devices, and devices that are not there ----------------------------------------------------------------------------------------------
+
+
+def test_several_devices_need_collectives(real: Path, tmp_path: Path) -> None:
+    build = manifest(collectives=["AllReduce"])
+    assert load(build, root=real, options=", ndev=2") == f"{real} False 1 3"
+    said = load({**build, "collectives": ["AllReduce", "AllGather"]}, root=real, options=", ndev=4")
+    assert said == (
+        f"UnsupportedError the InfiniCore at {real} has no infinicclAllGather, which 4 devices need: use one device"
+    )
+    assert "has no infinicclCommInitAll, which 2 devices need" in load(manifest(), root=real, options=", ndev=2")
+    root = shells(tmp_path / "one", without=("libinfiniccl.so",))
+    assert load(build, root=root).startswith(str(root))
+    assert "has no infinicclAllReduce, which 2 devices need" in load(build, root=root, options=", ndev=2")
+
+
+# In place of runtime.infinicpu.simulator: what the library is asked for.
+PLAYED = """
+import types
+played = []
+module = types.ModuleType("runtime.infinicpu.simulator")
+module.simulate = lambda library, record: played.append((hasattr(library, "infinicpuSimulate"), record["name"]))
+sys.modules["runtime.infinicpu.simulator"] = module
+"""
+
+
+def test_a_simulated_device_is_registered_once(tmp_path: Path) -> None:
+    root = shells(tmp_path / "infini", extra="int infinicpuSimulate(const char *) { return 0; }")
+    ascend = manifest(target="ascend", record="ascend", device=3, simulate={"name": "ascend", "device": 3})
+    cambricon = manifest(target="cambricon", record="cambricon", device=2, simulate={"name": "cambricon", "device": 2})
+    show = "*played"
+    assert load(ascend, ascend, cambricon, ascend, root=root, before=PLAYED, show=show) == (
+        "(True, 'ascend') (True, 'cambricon')"
+    )
+    changed = {**ascend, "simulate": {"name": "other", "device": 3}}
+    assert load(ascend, changed, root=root, before=PLAYED, show=show) == "(True, 'ascend') (True, 'other')"
+    assert load(manifest(simulate=None), root=root, before=PLAYED, show=show) == ""
+
+
+def test_only_the_embedded_library_can_simulate(real: Path) -> None:
+    ascend = manifest(target="ascend", record="ascend", device=3, simulate={"name": "ascend", "device": 3})
+    assert load(ascend, root=real) == (
+        f"UnsupportedError this build is for a simulated ascend, and the InfiniCore at {real} has no simulator: "
+        "unset INFINI_ROOT, or build without --simulate"
+    )

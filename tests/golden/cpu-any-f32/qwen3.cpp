@@ -29,6 +29,7 @@
 #include <mutex>
 #include <new>
 #include <random>
+#include <set>
 
 namespace qwen3 {
 namespace {
@@ -55,6 +56,15 @@ constexpr size_t MAX_PLANS = 64; // shapes whose operators are kept
 constexpr float INV_FREQ[DH / 2] = {
     1.0f, 0.4216965f, 0.17782794f, 0.074989416f, 0.03162278f, 0.013335215f, 0.0056234132f, 0.0023713738f,
     0.001f, 0.00042169655f, 0.00017782794f, 7.4989424e-05f, 3.1622774e-05f, 1.3335216e-05f, 5.6234135e-06f, 2.3713737e-06f};
+
+// What a device holds of the sizes that are cut where several devices share the model.
+struct Shard {
+    size_t ndev;
+    size_t G; // key and value heads
+    size_t I; // intermediate size
+    size_t V; // rows of lm_head
+};
+constexpr Shard shardFor(size_t ndev) { return {ndev, NKVH / ndev, DI / ndev, DVOC}; }
 
 constexpr Qwen3Meta COMPILED_META = {DT, NLAYER, D, NH, NKVH, DH, DI, DCTX, DVOC, EPSILON, THETA, END_TOKEN, 1.0f, 1.0f, 1.0f, 1.0f};
 
@@ -155,11 +165,13 @@ struct StepPlan {
     Gemm logits{"infiniopGemm"};
     size_t workspace_size = 0;
 
-    infiniStatus_t build(const Context &context, const StepShape &shape, bool transposed);
+    infiniStatus_t build(const Context &context, const StepShape &shape, const Shard &shard, bool transposed);
 };
 
-infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, bool transposed) {
-    const size_t T = shape.tokens, L = shape.rows;
+infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, const Shard &shard, bool transposed) {
+    const size_t T = shape.tokens;
+    const size_t L = shape.rows;
+    static_cast<void>(shard);
     QWEN3_TRY(attn_norm_out.create(context, "attn_norm_out", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
     QWEN3_TRY(qkv.create(context, "qkv", TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
     QWEN3_TRY(q_rope_norm.create(context, "q_rope_norm", TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
@@ -202,10 +214,11 @@ struct DecodePlan {
     Gemm mixed{"infiniopGemm"};
     size_t workspace_size = 0;
 
-    infiniStatus_t build(const Context &context, size_t total, size_t cap);
+    infiniStatus_t build(const Context &context, const Shard &shard, size_t total, size_t cap);
 };
 
-infiniStatus_t DecodePlan::build(const Context &context, size_t total, size_t cap) {
+infiniStatus_t DecodePlan::build(const Context &context, const Shard &shard, size_t total, size_t cap) {
+    static_cast<void>(shard);
     QWEN3_TRY(k_cache_new.create(context, "k_cache_new", TensorDesc(DT, {2, 1, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, 1, 32}, {32, 256, 1})));
     QWEN3_TRY(v_cache_new.create(context, "v_cache_new", TensorDesc(DT, {2, 1, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, 1, 32}, {32, 320, 1})));
     QWEN3_TRY(scores.create(context, "scores", TensorDesc(DT, {2, 3, total}), TensorDesc(DT, {2, 3, 32}), TensorDesc(DT, {2, 32, total}, {static_cast<ptrdiff_t>(32 * cap), 1, 32})));
@@ -228,10 +241,11 @@ struct PrefillPlan {
     Rearrange out{"infiniopRearrange"};
     size_t workspace_size = 0;
 
-    infiniStatus_t build(const Context &context, size_t len, size_t total, size_t cap);
+    infiniStatus_t build(const Context &context, const Shard &shard, size_t len, size_t total, size_t cap);
 };
 
-infiniStatus_t PrefillPlan::build(const Context &context, size_t len, size_t total, size_t cap) {
+infiniStatus_t PrefillPlan::build(const Context &context, const Shard &shard, size_t len, size_t total, size_t cap) {
+    static_cast<void>(shard);
     QWEN3_TRY(k_cache_new.create(context, "k_cache_new", TensorDesc(DT, {2, len, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, len, 32}, {32, 256, 1})));
     QWEN3_TRY(v_cache_new.create(context, "v_cache_new", TensorDesc(DT, {2, len, 32}, {static_cast<ptrdiff_t>(32 * cap), 32, 1}), TensorDesc(DT, {2, len, 32}, {32, 320, 1})));
     QWEN3_TRY(q_packed.create(context, "q_packed", TensorDesc(DT, {6, len, 32}), TensorDesc(DT, {6, len, 32}, {32, 256, 1})));
@@ -284,22 +298,24 @@ private:
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The KV cache: one contiguous piece per request, which grows geometrically by copy.
+// The KV cache: one contiguous piece per request and device, which grows geometrically by copy.
+
+// A device keeps nothing beside the caches themselves.
+struct KVMemory {};
 
 } // namespace
 } // namespace qwen3
 
 struct Qwen3KVCache {
-    qwen3::DeviceBuffer memory; // [NLAYER][keys, values][NKVH, capacity, DH]
-    size_t capacity = 0;        // tokens
-    uint32_t length = 0;        // tokens
+    std::vector<qwen3::DeviceBuffer> memory; // per device [NLAYER][keys, values][heads, capacity, DH]
+    size_t heads = 0;                        // key and value heads on a device
+    size_t capacity = 0;                     // tokens
+    uint32_t length = 0;                     // tokens
 
-    std::byte *keys(size_t layer) const { return memory.data() + 2 * layer * bytesPerSide(); }
-    std::byte *values(size_t layer) const { return keys(layer) + bytesPerSide(); }
-    size_t bytesPerSide() const;
+    std::byte *keys(size_t device, size_t layer) const { return memory[device].data() + 2 * layer * bytesPerSide(); }
+    std::byte *values(size_t device, size_t layer) const { return keys(device, layer) + bytesPerSide(); }
+    size_t bytesPerSide() const { return heads * capacity * qwen3::DH * qwen3::ELEM; }
 };
-
-size_t Qwen3KVCache::bytesPerSide() const { return qwen3::NKVH * capacity * qwen3::DH * qwen3::ELEM; }
 
 namespace qwen3 {
 namespace {
@@ -309,7 +325,6 @@ constexpr size_t MIN_CAPACITY = 64; // tokens
 // Contiguous caches have no pool; this counts what they take.
 class KVPool {
 public:
-    infiniStatus_t init(const Context &) { return INFINI_STATUS_SUCCESS; }
     infiniStatus_t setTokens(uint64_t) { return fail(INFINI_STATUS_NOT_IMPLEMENTED, "setKVPoolSize: contiguous caches have no pool"); }
     uint32_t blocks() const { return 0; }
     uint32_t freeBlocks() const { return 0; }
@@ -320,86 +335,97 @@ private:
     uint64_t _bytes = 0;
 };
 
-infiniStatus_t copyTokens(const Context &context, const Qwen3KVCache &from, const Qwen3KVCache &to, uint32_t tokens) {
-    for (size_t side = 0; tokens != 0 && side < 2 * size_t{NLAYER}; ++side) {
-        for (size_t head = 0; head < NKVH; ++head) {
-            const std::byte *source = from.memory.data() + side * from.bytesPerSide() + head * from.capacity * DH * ELEM;
-            std::byte *target = to.memory.data() + side * to.bytesPerSide() + head * to.capacity * DH * ELEM;
-            QWEN3_CHECK(infinirtMemcpyAsync(target, source, size_t{tokens} * DH * ELEM, INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (KV cache)");
-        }
-    }
-    return INFINI_STATUS_SUCCESS;
-}
-
-infiniStatus_t allocate(const Context &context, Qwen3KVCache *cache, size_t capacity) {
-    cache->capacity = std::min<size_t>(DCTX, (std::max(capacity, MIN_CAPACITY) + MIN_CAPACITY - 1) / MIN_CAPACITY * MIN_CAPACITY);
-    const size_t bytes = 2 * size_t{NLAYER} * cache->bytesPerSide();
-    if (cache->memory.reserve(context, bytes, "KV cache") != INFINI_STATUS_SUCCESS) {
-        return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV cache of " + std::to_string(bytes) + " bytes");
-    }
-    return INFINI_STATUS_SUCCESS;
-}
-
-void trim(KVPool &, Qwen3KVCache &cache, uint32_t length) { cache.length = std::min(cache.length, length); }
-
-// Room for new tokens in several caches at once, or none. Tokens from starts[i] on are dropped.
-infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *const *caches, const uint32_t *starts, const uint32_t *lens, size_t count) {
-    std::vector<Qwen3KVCache> grown(count);
-    for (size_t i = 0; i < count; ++i) {
-        const size_t needed = size_t{starts[i]} + lens[i];
-        if (needed > caches[i]->capacity) {
-            QWEN3_TRY(allocate(context, &grown[i], std::max(needed, 2 * caches[i]->capacity)));
-            QWEN3_TRY(copyTokens(context, *caches[i], grown[i], std::min(starts[i], caches[i]->length)));
-        }
-    }
-    QWEN3_CHECK(infinirtStreamSynchronize(context.stream), "infinirtStreamSynchronize (KV cache)"); // before the old memory goes
-    for (size_t i = 0; i < count; ++i) {
-        if (grown[i].capacity != 0) {
-            pool.count(grown[i].memory.size(), caches[i]->memory.size());
-            std::swap(grown[i].memory, caches[i]->memory);
-            std::swap(grown[i].capacity, caches[i]->capacity);
-        }
-        trim(pool, *caches[i], starts[i]);
-    }
-    return INFINI_STATUS_SUCCESS;
-}
-
-// Where token `position` of a head lies in a layer's keys (or values), and how many tokens follow it densely.
-struct Span {
-    size_t offset; // bytes
-    uint32_t tokens;
-};
-Span spanAt(const KVPool &, const Qwen3KVCache &cache, size_t head, uint32_t position) {
-    return {(head * cache.capacity + position) * DH * ELEM, static_cast<uint32_t>(cache.capacity) - position};
-}
-std::byte *keysOf(const KVPool &, const Qwen3KVCache &cache, size_t layer) { return cache.keys(layer); }
-std::byte *valuesOf(const KVPool &, const Qwen3KVCache &cache, size_t layer) { return cache.values(layer); }
-
-infiniStatus_t duplicate(const Context &context, KVPool &pool, const Qwen3KVCache &from, Qwen3KVCache *to, uint32_t length) {
-    QWEN3_TRY(allocate(context, to, length));
-    pool.count(to->memory.size(), 0);
-    QWEN3_TRY(copyTokens(context, from, *to, length));
-    to->length = length;
-    return INFINI_STATUS_SUCCESS;
-}
-
 // One request of a step.
 struct Request {
     size_t row; // of its first token
     size_t len, pos, total;
     Qwen3KVCache *cache;
-    std::shared_ptr<PrefillPlan> prefill; // one of the two
+};
+
+// Its operators on a device: one of the two.
+struct RequestPlan {
+    std::shared_ptr<PrefillPlan> prefill;
     std::shared_ptr<DecodePlan> decode;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A device: its weights, memory and plans
+// What goes into a step
+
+// A ragged batch as the caller gave it, and the tokens whose logits are wanted.
+struct Batch {
+    const uint32_t *tokens;
+    uint32_t ntok;
+    const uint32_t *req_lens;
+    uint32_t nreq;
+    const uint32_t *req_pos;
+    Qwen3KVCache **kv_caches;
+    const uint32_t *rows; // null: the last token of each request
+    uint32_t nrows;
+};
+
+// The step's integer inputs, in one piece of memory that is filled on the host and copied to the device at once.
+struct Inputs {
+    int32_t *tokens = nullptr;    // [T]
+    int32_t *positions = nullptr; // [T]
+    int32_t *rows = nullptr;      // [L]
+    static size_t bytes(const StepShape &shape) {
+        return size_t{4} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.rows;
+    }
+    static Inputs at(std::byte *base, const StepShape &shape) {
+        Inputs in;
+        in.tokens = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.tokens;
+        in.positions = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.tokens;
+        in.rows = reinterpret_cast<int32_t *>(base);
+        return in;
+    }
+};
+
+// A batch as the calls want it, the same for all devices. Its memory is kept from step to step.
+struct Staging {
+    StepShape shape{};
+    HostBuffer inputs;
+    Inputs in{}; // where they lie in it
+    std::vector<Request> requests;
+};
+
+// Fill a step's inputs.
+infiniStatus_t stageInputs(Staging &staging, const Batch &batch) {
+    StepShape &shape = staging.shape;
+    shape.tokens = batch.ntok;
+    shape.rows = batch.nrows;
+    QWEN3_TRY(staging.inputs.reserve(Inputs::bytes(shape), "inputs"));
+    const Inputs in = staging.in = Inputs::at(staging.inputs.data(), shape);
+    staging.requests.clear();
+    uint32_t row = 0;
+    for (uint32_t r = 0; r < batch.nreq; ++r) {
+        const Request request{row, batch.req_lens[r], batch.req_pos[r], size_t{batch.req_pos[r]} + batch.req_lens[r], batch.kv_caches[r]};
+        for (size_t t = 0; t < request.len; ++t, ++row) {
+            in.tokens[row] = static_cast<int32_t>(batch.tokens[row]);
+            in.positions[row] = static_cast<int32_t>(request.pos + t);
+        }
+        if (!batch.rows) {
+            in.rows[r] = static_cast<int32_t>(row - 1);
+        }
+        staging.requests.push_back(request);
+    }
+    for (uint32_t i = 0; batch.rows && i < batch.nrows; ++i) {
+        in.rows[i] = static_cast<int32_t>(batch.rows[i]);
+    }
+    return INFINI_STATUS_SUCCESS;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A device: its weights, memory and operators
 
 } // namespace
 
 struct DeviceResource {
     infiniDevice_t device = DEVICE;
     int device_id = 0;
+    size_t rank = 0, ndev = 1; // which of how many that share the model
+    Shard shard{};
     Counters counters;
     Context context;
     bool transposed = false; // weights are [in, out]
@@ -408,30 +434,28 @@ struct DeviceResource {
     std::shared_ptr<Tensor> input_embd, output_norm, output_embd, sin_table, cos_table;
     std::vector<std::shared_ptr<Tensor>> attn_norm, attn_qkv, attn_q_norm, attn_k_norm, attn_o, ffn_norm, ffn_gate_up, ffn_down;
 
-    KVPool kv;
+    KVMemory kv;
     DeviceBuffer scratch, workspace, inputs, sampled, request_scratch;
-    std::vector<std::byte> staging; // a step's inputs, on their way to the device in one copy
-    std::vector<std::byte> fetched; // logits on their way back
     PlanCache<StepShape, StepPlan> steps;
     PlanCache<std::array<size_t, 3>, PrefillPlan> prefills;
     PlanCache<std::array<size_t, 2>, DecodePlan> decodes;
     std::unique_ptr<SamplePlan> sample;
-    std::mt19937_64 random{std::random_device{}()};
+
+    // The step that was prepared last.
+    std::shared_ptr<StepPlan> plan;
+    std::vector<RequestPlan> request_plans;
+    Inputs in{};
+    std::byte *logits = nullptr; // of the wanted tokens, in the caller's order
 };
 
 infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id);
 void releaseDeviceResource(DeviceResource &rsrc);
 
-// Point the context at a workspace of at least this size.
-static infiniStatus_t reserveWorkspace(DeviceResource &rsrc, size_t size) {
-    QWEN3_TRY(rsrc.workspace.reserve(rsrc.context, size, "workspace"));
-    rsrc.context.workspace = rsrc.workspace.data();
-    rsrc.context.workspace_size = rsrc.workspace.size();
-    return INFINI_STATUS_SUCCESS;
-}
-
 infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id) {
     rsrc->device_id = dev_id;
+    rsrc->rank = static_cast<size_t>(idev);
+    rsrc->ndev = static_cast<size_t>(ndev);
+    rsrc->shard = shardFor(rsrc->ndev);
     rsrc->meta = *meta;
     rsrc->transposed = weights->transpose_linear_weights != 0;
     rsrc->context.counters = &rsrc->counters;
@@ -462,14 +486,27 @@ infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta,
     if (!complete) {
         return INFINI_STATUS_INSUFFICIENT_WORKSPACE; // the getter has said which
     }
+    std::set<const std::byte *> counted;
+    const auto count = [&](const std::shared_ptr<Tensor> &weight) {
+        rsrc->counters.weight_bytes += weight && counted.insert(weight->data()).second ? weight->bytes() : 0;
+    };
+    for (const auto &weight : {rsrc->input_embd, rsrc->output_norm, tied ? nullptr : rsrc->output_embd}) {
+        count(weight);
+    }
+    for (const auto *weights_of_layers : {&rsrc->attn_norm, &rsrc->attn_qkv, &rsrc->attn_q_norm, &rsrc->attn_k_norm, &rsrc->attn_o, &rsrc->ffn_norm, &rsrc->ffn_gate_up, &rsrc->ffn_down}) {
+        std::for_each(weights_of_layers->begin(), weights_of_layers->end(), count);
+    }
     rsrc->sample = std::make_unique<SamplePlan>();
     return rsrc->sample->build(rsrc->context, DVOC);
 }
 
+// Before the struct itself goes; its memory is freed with its device as the current one.
 void releaseDeviceResource(DeviceResource &rsrc) {
     infinirtSetDevice(DEVICE, rsrc.device_id);
     infinirtDeviceSynchronize();
+    rsrc.plan.reset();
     rsrc.steps.clear();
+    rsrc.request_plans.clear();
     rsrc.prefills.clear();
     rsrc.decodes.clear();
     rsrc.sample.reset();
@@ -483,84 +520,187 @@ void releaseDeviceResource(DeviceResource &rsrc) {
     rsrc.context.handle = nullptr;
 }
 
+namespace {
+
+using Devices = std::vector<std::unique_ptr<DeviceResource>>;
+
+// Do something with each device as the current one, in turn; the first is the current one afterwards.
+template <typename Function>
+infiniStatus_t onEach(const Devices &devices, const Function &function) {
+    infiniStatus_t status = INFINI_STATUS_SUCCESS;
+    for (const auto &device : devices) {
+        if (devices.size() > 1) {
+            QWEN3_CHECK(infinirtSetDevice(DEVICE, device->device_id), "infinirtSetDevice");
+        }
+        status = function(*device);
+        if (status != INFINI_STATUS_SUCCESS) {
+            break;
+        }
+    }
+    if (devices.size() > 1) {
+        infinirtSetDevice(DEVICE, devices[0]->device_id);
+    }
+    return status;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// One step
+// What happens to KV caches between steps, on all devices alike
 
-// A ragged batch as the caller gave it, and the tokens whose logits are wanted.
-struct Batch {
-    const uint32_t *tokens;
-    uint32_t ntok;
-    const uint32_t *req_lens;
-    uint32_t nreq;
-    const uint32_t *req_pos;
-    Qwen3KVCache **kv_caches;
-    const uint32_t *rows; // null: the last token of each request
-    uint32_t nrows;
-};
+infiniStatus_t initPool(const Devices &, KVPool &) { return INFINI_STATUS_SUCCESS; }
 
-// The step's integer inputs, in one piece of memory that is filled on the host and copied to the device at once.
-struct Inputs {
-    int32_t *tokens;    // [T]
-    int32_t *positions; // [T]
-    int32_t *rows;      // [L]
-    static size_t bytes(const StepShape &shape) {
-        return size_t{4} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.rows;
+uint64_t poolBytes(const Devices &, const KVPool &pool) { return pool.bytes(); }
+
+size_t bytesOf(const Qwen3KVCache &cache) {
+    size_t bytes = 0;
+    for (const DeviceBuffer &memory : cache.memory) {
+        bytes += memory.size();
     }
-    static Inputs at(std::byte *base, const StepShape &shape) {
-        Inputs in;
-        in.tokens = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.tokens;
-        in.positions = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.tokens;
-        in.rows = reinterpret_cast<int32_t *>(base);
-        return in;
-    }
-};
+    return bytes;
+}
 
-// Fill the step's inputs, and find every request's operators.
-static infiniStatus_t stageInputs(DeviceResource &rsrc, const Batch &batch, StepShape *shape, Inputs *host, Inputs *device, std::vector<Request> *requests) {
-    shape->tokens = batch.ntok;
-    shape->rows = batch.nrows;
-    rsrc.staging.resize(Inputs::bytes(*shape));
-    QWEN3_TRY(rsrc.inputs.reserve(rsrc.context, rsrc.staging.size(), "inputs"));
-    *host = Inputs::at(rsrc.staging.data(), *shape);
-    *device = Inputs::at(rsrc.inputs.data(), *shape);
-
-    size_t scratch = 0, workspace = 0;
-    uint32_t row = 0;
-    for (uint32_t r = 0; r < batch.nreq; ++r) {
-        Request request{row, batch.req_lens[r], batch.req_pos[r], size_t{batch.req_pos[r]} + batch.req_lens[r], batch.kv_caches[r], nullptr, nullptr};
-        const size_t capacity = request.cache->capacity;
-        if (request.len == 1) {
-            QWEN3_TRY(rsrc.decodes.get(rsrc.context, {request.total, capacity}, &request.decode, request.total, capacity));
-            scratch = std::max(scratch, DecodeScratch::bytes(request.total));
-            workspace = std::max(workspace, request.decode->workspace_size);
-        } else {
-            QWEN3_TRY(rsrc.prefills.get(rsrc.context, {request.len, request.total, capacity}, &request.prefill, request.len, request.total, capacity));
-            scratch = std::max(scratch, PrefillScratch::bytes(request.len, request.total));
-            workspace = std::max(workspace, request.prefill->workspace_size);
+// Free a cache's memory, each piece with its own device as the current one and after what was queued there.
+void freeCache(const Devices &devices, KVPool &pool, Qwen3KVCache &cache) {
+    pool.count(0, bytesOf(cache));
+    for (const auto &device : devices) {
+        if (device->rank < cache.memory.size() && cache.memory[device->rank].size() != 0) {
+            infinirtSetDevice(DEVICE, device->device_id);
+            infinirtStreamSynchronize(device->context.stream);
+            cache.memory[device->rank] = DeviceBuffer();
         }
-        for (size_t t = 0; t < request.len; ++t, ++row) {
-            host->tokens[row] = static_cast<int32_t>(batch.tokens[row]);
-            host->positions[row] = static_cast<int32_t>(request.pos + t);
-        }
-        if (!batch.rows) {
-            host->rows[r] = static_cast<int32_t>(row - 1);
-        }
-        requests->push_back(std::move(request));
     }
-    for (uint32_t i = 0; batch.rows && i < batch.nrows; ++i) {
-        host->rows[i] = static_cast<int32_t>(batch.rows[i]);
+    infinirtSetDevice(DEVICE, devices[0]->device_id);
+    cache.capacity = 0;
+    cache.length = 0;
+}
+
+infiniStatus_t copyTokens(const DeviceResource &rsrc, const Qwen3KVCache &from, const Qwen3KVCache &to, uint32_t tokens) {
+    for (size_t side = 0; tokens != 0 && side < 2 * size_t{NLAYER}; ++side) {
+        for (size_t head = 0; head < from.heads; ++head) {
+            const std::byte *source = from.memory[rsrc.rank].data() + side * from.bytesPerSide() + head * from.capacity * DH * ELEM;
+            std::byte *target = to.memory[rsrc.rank].data() + side * to.bytesPerSide() + head * to.capacity * DH * ELEM;
+            QWEN3_CHECK(infinirtMemcpyAsync(target, source, size_t{tokens} * DH * ELEM, INFINIRT_MEMCPY_D2D, rsrc.context.stream), "infinirtMemcpyAsync (KV cache)");
+        }
     }
-    QWEN3_TRY(rsrc.request_scratch.reserveZeroed(rsrc.context, scratch, "scratch of a request"));
-    QWEN3_TRY(reserveWorkspace(rsrc, workspace));
-    ++rsrc.counters.h2d_copies;
-    QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), rsrc.staging.data(), rsrc.staging.size(), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
     return INFINI_STATUS_SUCCESS;
 }
 
+infiniStatus_t allocate(const Devices &devices, Qwen3KVCache *cache, size_t capacity) {
+    cache->capacity = std::min<size_t>(DCTX, (std::max(capacity, MIN_CAPACITY) + MIN_CAPACITY - 1) / MIN_CAPACITY * MIN_CAPACITY);
+    cache->heads = devices[0]->shard.G;
+    cache->memory.resize(devices.size());
+    const size_t bytes = 2 * size_t{NLAYER} * cache->bytesPerSide();
+    return onEach(devices, [&](DeviceResource &rsrc) -> infiniStatus_t {
+        if (cache->memory[rsrc.rank].reserve(rsrc.context, bytes, "KV cache") != INFINI_STATUS_SUCCESS) {
+            return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV cache of " + std::to_string(bytes) + " bytes");
+        }
+        return INFINI_STATUS_SUCCESS;
+    });
+}
+
+void trim(KVPool &, Qwen3KVCache &cache, uint32_t length) { cache.length = std::min(cache.length, length); }
+
+// Room for new tokens in several caches at once, or none. Tokens from starts[i] on are dropped.
+infiniStatus_t makeRoom(const Devices &devices, KVPool &pool, Qwen3KVCache *const *caches, const uint32_t *starts, const uint32_t *lens, size_t count) {
+    std::vector<std::pair<size_t, Qwen3KVCache>> grown;
+    infiniStatus_t status = INFINI_STATUS_SUCCESS;
+    for (size_t i = 0; i < count && status == INFINI_STATUS_SUCCESS; ++i) {
+        const size_t needed = size_t{starts[i]} + lens[i];
+        if (needed > caches[i]->capacity) {
+            grown.emplace_back(i, Qwen3KVCache{});
+            Qwen3KVCache &larger = grown.back().second;
+            status = allocate(devices, &larger, std::max(needed, 2 * caches[i]->capacity));
+            if (status == INFINI_STATUS_SUCCESS && caches[i]->capacity != 0) {
+                const uint32_t kept = std::min(starts[i], caches[i]->length);
+                status = onEach(devices, [&](DeviceResource &rsrc) { return copyTokens(rsrc, *caches[i], larger, kept); });
+            }
+        }
+    }
+    for (auto &[i, larger] : grown) {
+        if (status == INFINI_STATUS_SUCCESS) {
+            pool.count(bytesOf(larger), 0);
+            larger.length = caches[i]->length;
+            std::swap(larger, *caches[i]);
+        } else {
+            pool.count(bytesOf(larger), 0); // what freeCache takes off again
+        }
+        freeCache(devices, pool, larger);
+    }
+    for (size_t i = 0; i < count && status == INFINI_STATUS_SUCCESS; ++i) {
+        trim(pool, *caches[i], starts[i]);
+    }
+    return status;
+}
+
+// Where token `position` of a device's head lies in a layer's keys (or values), and how many tokens follow it densely.
+struct Span {
+    size_t offset; // bytes
+    uint32_t tokens;
+};
+Span spanAt(const DeviceResource &, const Qwen3KVCache &cache, size_t head, uint32_t position) {
+    return {(head * cache.capacity + position) * DH * ELEM, static_cast<uint32_t>(cache.capacity) - position};
+}
+std::byte *keysOf(const DeviceResource &rsrc, const Qwen3KVCache &cache, size_t layer) { return cache.keys(rsrc.rank, layer); }
+std::byte *valuesOf(const DeviceResource &rsrc, const Qwen3KVCache &cache, size_t layer) { return cache.values(rsrc.rank, layer); }
+
+// An empty cache with room for some tokens.
+infiniStatus_t newCache(const Devices &devices, KVPool &pool, Qwen3KVCache *cache, uint32_t capacity) {
+    cache->memory.resize(devices.size());
+    const uint32_t start = 0;
+    return makeRoom(devices, pool, &cache, &start, &capacity, 1);
+}
+
+infiniStatus_t duplicate(const Devices &devices, KVPool &pool, const Qwen3KVCache &from, Qwen3KVCache *to, uint32_t length) {
+    QWEN3_TRY(newCache(devices, pool, to, length));
+    if (length != 0) {
+        QWEN3_TRY(onEach(devices, [&](DeviceResource &rsrc) { return copyTokens(rsrc, from, *to, length); }));
+    }
+    to->length = length;
+    return INFINI_STATUS_SUCCESS;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One step on one device
+
+// Point the context at a workspace of at least this size.
+infiniStatus_t reserveWorkspace(DeviceResource &rsrc, size_t size) {
+    QWEN3_TRY(rsrc.workspace.reserve(rsrc.context, size, "workspace"));
+    rsrc.context.workspace = rsrc.workspace.data();
+    rsrc.context.workspace_size = rsrc.workspace.size();
+    return INFINI_STATUS_SUCCESS;
+}
+
+// Operators and memory for a step, before any of its calls is made. The device's earlier steps are done.
+infiniStatus_t prepareStep(DeviceResource &rsrc, const Staging &staging, uint32_t samples) {
+    const Context &context = rsrc.context;
+    const StepShape &shape = staging.shape;
+    QWEN3_TRY(rsrc.inputs.reserve(context, Inputs::bytes(shape), "inputs"));
+    rsrc.in = Inputs::at(rsrc.inputs.data(), shape);
+    QWEN3_TRY(rsrc.steps.get(context, shape, &rsrc.plan, shape, rsrc.shard, rsrc.transposed));
+    size_t workspace = std::max(rsrc.plan->workspace_size, rsrc.sample->workspace_size);
+    size_t scratch = 0;
+    rsrc.request_plans.resize(staging.requests.size());
+    for (size_t r = 0; r < staging.requests.size(); ++r) {
+        const Request &request = staging.requests[r];
+        RequestPlan &plan = rsrc.request_plans[r] = RequestPlan{};
+        const size_t capacity = request.cache->capacity;
+        if (request.len == 1) {
+            QWEN3_TRY(rsrc.decodes.get(context, {request.total, capacity}, &plan.decode, rsrc.shard, request.total, capacity));
+            scratch = std::max(scratch, DecodeScratch::bytes(request.total));
+            workspace = std::max(workspace, plan.decode->workspace_size);
+        } else {
+            QWEN3_TRY(rsrc.prefills.get(context, {request.len, request.total, capacity}, &plan.prefill, rsrc.shard, request.len, request.total, capacity));
+            scratch = std::max(scratch, PrefillScratch::bytes(request.len, request.total));
+            workspace = std::max(workspace, plan.prefill->workspace_size);
+        }
+    }
+    QWEN3_TRY(rsrc.request_scratch.reserveZeroed(context, scratch, "scratch of a request"));
+    QWEN3_TRY(reserveWorkspace(rsrc, workspace));
+    QWEN3_TRY(rsrc.sampled.reserve(context, samples * sizeof(int64_t), "sampled tokens"));
+    return rsrc.scratch.reserveZeroed(context, Scratch::bytes(shape.tokens, shape.rows), "scratch");
+}
+
 // Attention of a request of one token.
-static infiniStatus_t attendDecode(const DeviceResource &rsrc, const DecodePlan &plan, const DecodeScratch &s, const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out) {
+infiniStatus_t attendDecode(const DeviceResource &rsrc, const DecodePlan &plan, const DecodeScratch &s, const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out) {
     const Context &context = rsrc.context;
     const size_t pos = request.pos;
     // k_cache_new [2, cap, 32] = rearrange_into(k_cache [2, cap, 32], k_heads [2, 1, 32])
@@ -577,7 +717,7 @@ static infiniStatus_t attendDecode(const DeviceResource &rsrc, const DecodePlan 
 }
 
 // Attention of a request of several tokens.
-static infiniStatus_t attendPrefill(const DeviceResource &rsrc, const PrefillPlan &plan, const PrefillScratch &s, const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out) {
+infiniStatus_t attendPrefill(const DeviceResource &rsrc, const PrefillPlan &plan, const PrefillScratch &s, const Request &request, std::byte *q, std::byte *k, std::byte *v, std::byte *keys, std::byte *values, std::byte *out) {
     const Context &context = rsrc.context;
     const size_t pos = request.pos;
     // k_cache_new [2, cap, 32] = rearrange_into(k_cache [2, cap, 32], k_heads [2, len, 32])
@@ -597,114 +737,128 @@ static infiniStatus_t attendPrefill(const DeviceResource &rsrc, const PrefillPla
     return INFINI_STATUS_SUCCESS;
 }
 
-// Run a batch whose caches have room. Leaves the logits of the wanted tokens, in the caller's order, on the device and says where.
-infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, const Batch &batch, std::byte **logits) {
-    static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
+// The model. Nothing here waits for the device.
+infiniStatus_t launchCalls(DeviceResource &rsrc, const Staging &staging) {
     const Context &context = rsrc.context;
-    StepShape shape{};
-    Inputs in{}; // on the device
-    Inputs host{};
-    std::vector<Request> requests;
-    QWEN3_TRY(stageInputs(rsrc, batch, &shape, &host, &in, &requests));
-    const size_t T = shape.tokens, L = shape.rows;
-    std::shared_ptr<StepPlan> plan;
-    QWEN3_TRY(rsrc.steps.get(context, shape, &plan, shape, rsrc.transposed));
-    QWEN3_TRY(reserveWorkspace(rsrc, plan->workspace_size));
-    QWEN3_TRY(rsrc.scratch.reserveZeroed(context, Scratch::bytes(T, L), "scratch"));
-    const Scratch s = Scratch::at(rsrc.scratch.data(), T, L);
+    const StepPlan &plan = *rsrc.plan;
+    const StepShape &shape = staging.shape;
+    const Inputs &in = rsrc.in;
+    const size_t T = shape.tokens;
+    const size_t L = shape.rows;
+    const Scratch s = Scratch::at(rsrc.scratch.data(), shape.tokens, shape.rows);
 
     // hidden.0 [T, 160] = copy_rows(tokens [T], input_embd [608, 160])
     // from /model/embed_tokens/Gather, /model/embed_tokens/Cast
     for (size_t i = 0; i < T; ++i) {
-        const std::byte *row = rsrc.input_embd->data() + static_cast<size_t>(host.tokens[i]) * (160 * ELEM);
+        const std::byte *row = rsrc.input_embd->data() + static_cast<size_t>(staging.in.tokens[i]) * (160 * ELEM);
         QWEN3_CHECK(infinirtMemcpyAsync(s.hidden + i * (160 * ELEM), row, (160 * ELEM), INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (hidden.0)");
     }
     for (size_t layer = 0; layer < NLAYER; ++layer) {
         // attn_norm_out [T, 160] = rms_norm(hidden [T, 160], attn_norm [160])
         // from /model/layers.*/input_layernorm/RMSNormalization, /model/layers.*/Add_1
-        QWEN3_TRY(plan->attn_norm_out.run(context, "attn_norm_out", s.attn_norm_out, s.hidden, rsrc.attn_norm[layer]->data()));
+        QWEN3_TRY(plan.attn_norm_out.run(context, "attn_norm_out", s.attn_norm_out, s.hidden, rsrc.attn_norm[layer]->data()));
         // qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
         // from /model/layers.*/self_attn/q_proj/MatMul, /model/layers.*/self_attn/k_proj/MatMul, /model/layers.*/self_attn/v_proj/MatMul
-        QWEN3_TRY(plan->qkv.run(context, "qkv", s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan.qkv.run(context, "qkv", s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
         // q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_norm.run(context, "q_rope_norm", s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
+        QWEN3_TRY(plan.q_rope_norm.run(context, "q_rope_norm", s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
         // k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
         // from /model/layers.*/self_attn/k_norm/RMSNormalization, /model/layers.*/self_attn/k_rope/RotaryEmbedding
-        QWEN3_TRY(plan->k_rope_norm.run(context, "k_rope_norm", s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
+        QWEN3_TRY(plan.k_rope_norm.run(context, "k_rope_norm", s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
         // qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->qk_rope.run(context, "qk_rope", s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
+        QWEN3_TRY(plan.qk_rope.run(context, "qk_rope", s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
         // attn [T, 6, 32], k_cache_out [R, 2, C, 32], v_cache_out [R, 2, C, 32] = requests(q_rope [T, 6, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], k_cache [R, 2, C, 32], v_cache [R, 2, C, 32], lens [R], starts [R])
         // from /model/layers.*/self_attn/Attention
-        for (const Request &request : requests) {
+        for (size_t r = 0; r < staging.requests.size(); ++r) {
+            const Request &request = staging.requests[r];
             std::byte *q = s.qk_rope_norm + request.row * 256 * ELEM;
             std::byte *k = s.qk_rope_norm + 192 * ELEM + request.row * 256 * ELEM;
             std::byte *v = s.qkv + 256 * ELEM + request.row * 320 * ELEM;
             std::byte *out = s.attn + request.row * 192 * ELEM;
-            std::byte *keys = request.cache->keys(layer), *values = request.cache->values(layer);
-            if (request.decode) {
-                QWEN3_TRY(attendDecode(rsrc, *request.decode, DecodeScratch::at(rsrc.request_scratch.data(), request.total), request, q, k, v, keys, values, out));
+            std::byte *keys = request.cache->keys(rsrc.rank, layer), *values = request.cache->values(rsrc.rank, layer);
+            if (const auto &decode = rsrc.request_plans[r].decode) {
+                QWEN3_TRY(attendDecode(rsrc, *decode, DecodeScratch::at(rsrc.request_scratch.data(), request.total), request, q, k, v, keys, values, out));
             } else {
-                QWEN3_TRY(attendPrefill(rsrc, *request.prefill, PrefillScratch::at(rsrc.request_scratch.data(), request.len, request.total), request, q, k, v, keys, values, out));
+                QWEN3_TRY(attendPrefill(rsrc, *rsrc.request_plans[r].prefill, PrefillScratch::at(rsrc.request_scratch.data(), request.len, request.total), request, q, k, v, keys, values, out));
             }
         }
         // o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
         // from /model/layers.*/self_attn/o_proj/MatMul
-        QWEN3_TRY(plan->o.run(context, "o", s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
+        QWEN3_TRY(plan.o.run(context, "o", s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
         // hidden_mid [T, 160] = add(hidden [T, 160], o [T, 160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->hidden_mid.run(context, "hidden_mid", s.hidden, s.hidden, s.o));
+        QWEN3_TRY(plan.hidden_mid.run(context, "hidden_mid", s.hidden, s.hidden, s.o));
         // ffn_norm_out [T, 160] = rms_norm(hidden_mid [T, 160], ffn_norm [160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->attn_norm_out.run(context, "ffn_norm_out", s.ffn_norm_out, s.hidden, rsrc.ffn_norm[layer]->data()));
+        QWEN3_TRY(plan.attn_norm_out.run(context, "ffn_norm_out", s.ffn_norm_out, s.hidden, rsrc.ffn_norm[layer]->data()));
         // gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
         // from /model/layers.*/mlp/gate_proj/MatMul, /model/layers.*/mlp/up_proj/MatMul
-        QWEN3_TRY(plan->gate_up.run(context, "gate_up", s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
+        QWEN3_TRY(plan.gate_up.run(context, "gate_up", s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
         // ffn [T, 384] = swiglu(up [T, 384], gate [T, 384])
         // from /model/layers.*/mlp/act_fn/Sigmoid, /model/layers.*/mlp/act_fn/Mul, /model/layers.*/mlp/Mul
-        QWEN3_TRY(plan->ffn.run(context, "ffn", s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
+        QWEN3_TRY(plan.ffn.run(context, "ffn", s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
         // down [T, 160] = gemm(ffn [T, 384], ffn_down.t [384, 160])
         // from /model/layers.*/mlp/down_proj/MatMul
-        QWEN3_TRY(plan->down.run(context, "down", s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
+        QWEN3_TRY(plan.down.run(context, "down", s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
         // hidden_2 [T, 160] = add(hidden_mid [T, 160], down [T, 160])
         // from /model/layers.*/Add_1, /model/layers.*/input_layernorm/RMSNormalization, /model/norm/RMSNormalization
-        QWEN3_TRY(plan->hidden_mid.run(context, "hidden_2", s.hidden, s.hidden, s.down));
+        QWEN3_TRY(plan.hidden_mid.run(context, "hidden_2", s.hidden, s.hidden, s.down));
     }
     // final_norm [T, 160] = rms_norm(hidden.4 [T, 160], output_norm [160])
     // from /model/layers.*/Add_1, /model/norm/RMSNormalization
-    QWEN3_TRY(plan->attn_norm_out.run(context, "final_norm", s.final_norm, s.hidden, rsrc.output_norm->data()));
+    QWEN3_TRY(plan.attn_norm_out.run(context, "final_norm", s.final_norm, s.hidden, rsrc.output_norm->data()));
     // final_norm_rows [L, 160] = copy_chosen_rows(final_norm [T, 160], rows [L])
     for (size_t i = 0; i < L; ++i) {
-        const std::byte *row = s.final_norm + static_cast<size_t>(host.rows[i]) * (160 * ELEM);
+        const std::byte *row = s.final_norm + static_cast<size_t>(staging.in.rows[i]) * (160 * ELEM);
         QWEN3_CHECK(infinirtMemcpyAsync(s.final_norm_rows + i * (160 * ELEM), row, (160 * ELEM), INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (final_norm_rows)");
     }
     // logits [L, 608] = gemm(final_norm_rows [L, 160], input_embd.t [160, 608])
     // from /lm_head/MatMul
-    QWEN3_TRY(plan->logits.run(context, "logits", s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
-    *logits = s.logits;
-    for (uint32_t r = 0; r < batch.nreq; ++r) {
-        batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
-    }
-    ++rsrc.counters.steps;
+    QWEN3_TRY(plan.logits.run(context, "logits", s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
+    rsrc.logits = s.logits;
     return INFINI_STATUS_SUCCESS;
 }
+
+} // namespace
+
+// A prepared step: the inputs' one copy, then the model. Leaves the logits in rsrc.logits.
+infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, const Staging &staging) {
+    static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
+    ++rsrc.counters.steps;
+    ++rsrc.counters.h2d_copies;
+    QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), staging.inputs.data(), Inputs::bytes(staging.shape), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
+    return launchCalls(rsrc, staging);
+}
+
+namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The C interface
 
+} // namespace
 } // namespace qwen3
 
 struct Qwen3Model {
     Qwen3Meta meta{};
     mutable std::mutex mutex; // one call at a time
-    qwen3::DeviceResource device;
+    qwen3::Devices devices;
+    qwen3::KVPool pool;
+    qwen3::Staging staging;
+    qwen3::HostBuffer sampled;      // tokens on their way back
+    std::vector<std::byte> fetched; // logits on their way back
+    std::mt19937_64 random{std::random_device{}()};
     std::map<const Qwen3KVCache *, std::unique_ptr<Qwen3KVCache>> caches;
 
     ~Qwen3Model() {
-        infinirtSetDevice(qwen3::DEVICE, device.device_id);
-        caches.clear();
-        qwen3::releaseDeviceResource(device);
+        for (const auto &entry : caches) {
+            qwen3::freeCache(devices, pool, *entry.second);
+        }
+        for (auto &device : devices) {
+            qwen3::releaseDeviceResource(*device);
+            device.reset();
+        }
     }
 };
 
@@ -722,7 +876,7 @@ infiniStatus_t failInHandler(infiniStatus_t status, const char *what) noexcept {
     }
 }
 
-// Run a function of a model alone, on the model's device, and turn a failed host allocation into a status.
+// Run a function of a model alone, with its first device as the current one, and turn a failed host allocation into a status.
 template <typename Function>
 infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function function) {
     try {
@@ -731,7 +885,7 @@ infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function funct
             return fail(INFINI_STATUS_NULL_POINTER, std::string(name) + ": the model is null");
         }
         const std::lock_guard<std::mutex> lock(model->mutex);
-        QWEN3_CHECK(infinirtSetDevice(DEVICE, model->device.device_id), "infinirtSetDevice");
+        QWEN3_CHECK(infinirtSetDevice(DEVICE, model->devices[0]->device_id), "infinirtSetDevice");
         return function();
     } catch (const std::bad_alloc &) {
         return failInHandler(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "out of host memory");
@@ -812,25 +966,25 @@ infiniStatus_t checkBatch(const Qwen3Model &model, const Batch &batch) {
     }
     uint64_t tokens = 0;
     for (uint32_t r = 0; r < batch.nreq; ++r) {
-        const std::string request = "request " + std::to_string(r);
+        const auto refuse = [r](const std::string &why) { return badParam("request " + std::to_string(r) + why); };
         const uint32_t len = batch.req_lens[r], pos = batch.req_pos[r];
         if (len == 0) {
-            return badParam(request + " has no tokens");
+            return refuse(" has no tokens");
         }
         const auto cache = model.caches.find(batch.kv_caches[r]);
         if (cache == model.caches.end()) {
-            return badParam(request + ": its KV cache is not one of this model");
+            return refuse(": its KV cache is not one of this model");
         }
         for (uint32_t other = 0; other < r; ++other) {
             if (batch.kv_caches[other] == batch.kv_caches[r]) {
-                return badParam(request + " has the KV cache of request " + std::to_string(other));
+                return refuse(" has the KV cache of request " + std::to_string(other));
             }
         }
         if (pos > cache->second->length) {
-            return badParam(request + " starts at position " + std::to_string(pos) + ", its KV cache holds " + std::to_string(cache->second->length) + " tokens");
+            return refuse(" starts at position " + std::to_string(pos) + ", its KV cache holds " + std::to_string(cache->second->length) + " tokens");
         }
         if (uint64_t{pos} + len > model.meta.dctx) {
-            return badParam(request + " ends at position " + std::to_string(uint64_t{pos} + len) + ", the context is " + std::to_string(model.meta.dctx));
+            return refuse(" ends at position " + std::to_string(uint64_t{pos} + len) + ", the context is " + std::to_string(model.meta.dctx));
         }
         tokens += len;
     }
@@ -850,16 +1004,33 @@ infiniStatus_t checkBatch(const Qwen3Model &model, const Batch &batch) {
     return INFINI_STATUS_SUCCESS;
 }
 
-// Check a batch, make room in its caches and run it.
-infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, std::byte **logits) {
+// Check a batch, make room in its caches and run it on all devices. finish(first device) queues what is done with the logits.
+template <typename Finish>
+infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples, const Finish &finish) {
     QWEN3_TRY(checkBatch(model, batch));
-    DeviceResource &rsrc = model.device;
-    QWEN3_TRY(makeRoom(rsrc.context, rsrc.kv, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
-    const infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, batch, logits);
-    if (status != INFINI_STATUS_SUCCESS) {
-        infinirtStreamSynchronize(rsrc.context.stream); // what was queued reads memory that the next step reuses
+    QWEN3_TRY(makeRoom(model.devices, model.pool, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
+    QWEN3_TRY(stageInputs(model.staging, batch));
+    QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) { return prepareStep(rsrc, model.staging, samples); }));
+    const auto work = [&](size_t rank) -> infiniStatus_t {
+        DeviceResource &rsrc = *model.devices[rank];
+        if (rank != 0) {
+            QWEN3_CHECK(infinirtSetDevice(DEVICE, rsrc.device_id), "infinirtSetDevice");
+        }
+        infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, model.staging);
+        if (status == INFINI_STATUS_SUCCESS && rank == 0) {
+            status = finish(rsrc);
+        }
+        // Also after a failure: what was queued reads memory that the next step reuses.
+        const infiniStatus_t done = infinirtStreamSynchronize(rsrc.context.stream);
+        QWEN3_TRY(status);
+        QWEN3_CHECK(done, "infinirtStreamSynchronize");
+        return status;
+    };
+    QWEN3_TRY(work(0));
+    for (uint32_t r = 0; r < batch.nreq; ++r) {
+        batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
     }
-    return status;
+    return INFINI_STATUS_SUCCESS;
 }
 
 infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
@@ -867,24 +1038,50 @@ infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
 }
 
 // Copy tokens start .. start + ntokens between a cache and host memory [NLAYER, 2, NKVH, ntokens, DH].
-infiniStatus_t copyCache(DeviceResource &rsrc, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
-    QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize (KV cache)");
-    for (size_t layer = 0; layer < NLAYER; ++layer) {
-        for (std::byte *base : {keysOf(rsrc.kv, cache, layer), valuesOf(rsrc.kv, cache, layer)}) {
-            for (size_t head = 0; head < NKVH; ++head) {
-                for (uint32_t done = 0; done < ntokens;) {
-                    const Span span = spanAt(rsrc.kv, cache, head, start + done);
-                    const uint32_t count = std::min(span.tokens, ntokens - done);
-                    const size_t bytes = size_t{count} * DH * ELEM;
-                    std::byte *there = base + span.offset;
-                    const bool out = kind == INFINIRT_MEMCPY_D2H;
-                    QWEN3_CHECK(infinirtMemcpy(out ? host : there, out ? there : host, bytes, kind), "infinirtMemcpy (KV cache)");
-                    host += bytes;
-                    done += count;
+infiniStatus_t copyCache(const Devices &devices, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
+    return onEach(devices, [&](DeviceResource &rsrc) -> infiniStatus_t {
+        QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize (KV cache)");
+        for (size_t layer = 0; layer < NLAYER; ++layer) {
+            for (size_t side = 0; side < 2; ++side) {
+                std::byte *base = side == 0 ? keysOf(rsrc, cache, layer) : valuesOf(rsrc, cache, layer);
+                for (size_t head = 0; head < rsrc.shard.G; ++head) {
+                    std::byte *outside = host + ((layer * 2 + side) * NKVH + rsrc.rank * rsrc.shard.G + head) * ntokens * DH * ELEM;
+                    for (uint32_t done = 0; done < ntokens;) {
+                        const Span span = spanAt(rsrc, cache, head, start + done);
+                        const uint32_t count = std::min(span.tokens, ntokens - done);
+                        const size_t bytes = size_t{count} * DH * ELEM;
+                        std::byte *inside = base + span.offset;
+                        const bool out = kind == INFINIRT_MEMCPY_D2H;
+                        QWEN3_CHECK(infinirtMemcpy(out ? outside : inside, out ? inside : outside, bytes, kind), "infinirtMemcpy (KV cache)");
+                        outside += bytes;
+                        done += count;
+                    }
                 }
             }
         }
+        return INFINI_STATUS_SUCCESS;
+    });
+}
+
+// Whether the model can be cut into ndev equal parts, whole groups of query heads each.
+infiniStatus_t checkDevices(int ndev, const int *dev_ids) {
+    if (ndev < 1) {
+        return badParam("createQwen3Model: ndev is " + std::to_string(ndev));
     }
+    static_cast<void>(dev_ids);
+    if (ndev != 1) {
+        return badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", but this device has no collectives");
+    }
+    return INFINI_STATUS_SUCCESS;
+}
+
+// Open the devices of a model.
+infiniStatus_t openDevices(Qwen3Model &model, const Qwen3Weights &weights, int ndev, const int *dev_ids) {
+    for (int i = 0; i < ndev; ++i) {
+        model.devices.push_back(std::make_unique<DeviceResource>());
+        QWEN3_TRY(createDeviceResource(model.devices.back().get(), &model.meta, &weights, i, ndev, dev_ids ? dev_ids[i] : i));
+    }
+    QWEN3_CHECK(infinirtSetDevice(DEVICE, model.devices[0]->device_id), "infinirtSetDevice");
     return INFINI_STATUS_SUCCESS;
 }
 
@@ -909,16 +1106,12 @@ Qwen3Model *createQwen3Model(const Qwen3Meta *meta, const Qwen3Weights *weights,
             fail(INFINI_STATUS_DEVICE_TYPE_NOT_SUPPORTED, "createQwen3Model: device " + std::to_string(static_cast<int>(device)) + ", this engine was compiled for " + std::to_string(static_cast<int>(qwen3::DEVICE)));
             return nullptr;
         }
-        if (ndev != 1) {
-            badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", this engine was compiled for 1 device");
-            return nullptr;
-        }
-        if (qwen3::checkMeta(*meta) != INFINI_STATUS_SUCCESS || qwen3::checkWeights(*weights) != INFINI_STATUS_SUCCESS) {
+        if (qwen3::checkDevices(ndev, dev_ids) != INFINI_STATUS_SUCCESS || qwen3::checkMeta(*meta) != INFINI_STATUS_SUCCESS || qwen3::checkWeights(*weights) != INFINI_STATUS_SUCCESS) {
             return nullptr;
         }
         auto model = std::make_unique<Qwen3Model>();
         model->meta = *meta;
-        if (qwen3::createDeviceResource(&model->device, meta, weights, 0, ndev, dev_ids ? dev_ids[0] : 0) != INFINI_STATUS_SUCCESS) {
+        if (qwen3::openDevices(*model, *weights, ndev, dev_ids) != INFINI_STATUS_SUCCESS) {
             const std::string reason = qwen3::lastError(); // releasing must not overwrite it
             model.reset();
             qwen3::lastError() = reason;
@@ -952,23 +1145,21 @@ infiniStatus_t inferBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t nt
                 return badParam("request " + std::to_string(r) + ": temperature >= 0, topk >= 1, topp in 0..1 and random_val in [0, 1) are expected");
             }
         }
-        qwen3::DeviceResource &rsrc = model->device;
-        std::byte *logits = nullptr;
-        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, nullptr, nreq}, &logits));
-        QWEN3_TRY(qwen3::reserveWorkspace(rsrc, rsrc.sample->workspace_size));
-        QWEN3_TRY(rsrc.sampled.reserve(rsrc.context, nreq * sizeof(int64_t), "sampled tokens"));
+        QWEN3_TRY(model->sampled.reserve(nreq * sizeof(int64_t), "sampled tokens"));
         std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+        const auto sample = [&](qwen3::DeviceResource &rsrc) -> infiniStatus_t {
+            for (uint32_t r = 0; r < nreq; ++r) {
+                // InfiniCore takes 0 for "give me the best": the smallest number above it samples the same.
+                const float value = std::min(std::max(random_val ? random_val[r] : uniform(model->random), 1e-9f), 0.99999994f);
+                const int32_t k = static_cast<int32_t>(std::min(topk[r], qwen3::DVOC));
+                QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, "sample", rsrc.sampled.data() + r * sizeof(int64_t), rsrc.logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
+            }
+            QWEN3_CHECK(infinirtMemcpyAsync(model->sampled.data(), rsrc.sampled.data(), nreq * sizeof(int64_t), INFINIRT_MEMCPY_D2H, rsrc.context.stream), "infinirtMemcpyAsync (sampled tokens)");
+            return INFINI_STATUS_SUCCESS;
+        };
+        QWEN3_TRY(qwen3::runBatch(*model, qwen3::Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, nullptr, nreq}, nreq, sample));
         for (uint32_t r = 0; r < nreq; ++r) {
-            // InfiniCore takes 0 for "give me the best": the smallest number above it samples the same.
-            const float value = std::min(std::max(random_val ? random_val[r] : uniform(rsrc.random), 1e-9f), 0.99999994f);
-            const int32_t k = static_cast<int32_t>(std::min(topk[r], qwen3::DVOC));
-            QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, "sample", rsrc.sampled.data() + r * sizeof(int64_t), logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
-        }
-        std::vector<int64_t> sampled(nreq);
-        QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize");
-        QWEN3_CHECK(infinirtMemcpy(sampled.data(), rsrc.sampled.data(), nreq * sizeof(int64_t), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (sampled tokens)");
-        for (uint32_t r = 0; r < nreq; ++r) {
-            output[r] = static_cast<uint32_t>(sampled[r]);
+            output[r] = static_cast<uint32_t>(reinterpret_cast<const int64_t *>(model->sampled.data())[r]);
         }
         return INFINI_STATUS_SUCCESS;
     });
@@ -983,15 +1174,12 @@ infiniStatus_t forwardBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t 
         if (!rows && nrows != nreq) {
             return badParam("forwardBatch: nrows is " + std::to_string(nrows) + " for " + std::to_string(nreq) + " requests without rows");
         }
-        qwen3::DeviceResource &rsrc = model->device;
-        std::byte *device = nullptr;
-        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, rows, nrows}, &device));
+        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, rows, nrows}, 0, [](qwen3::DeviceResource &) { return INFINI_STATUS_SUCCESS; }));
         const size_t count = size_t{nrows} * qwen3::DVOC;
-        QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize");
-        rsrc.fetched.resize(count * qwen3::ELEM);
-        QWEN3_CHECK(infinirtMemcpy(rsrc.fetched.data(), device, rsrc.fetched.size(), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (logits)");
+        model->fetched.resize(count * qwen3::ELEM);
+        QWEN3_CHECK(infinirtMemcpy(model->fetched.data(), model->devices[0]->logits, model->fetched.size(), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (logits)");
         for (size_t i = 0; i < count; ++i) {
-            logits[i] = qwen3::toFloat(rsrc.fetched.data(), qwen3::DT, i);
+            logits[i] = qwen3::toFloat(model->fetched.data(), qwen3::DT, i);
         }
         return INFINI_STATUS_SUCCESS;
     });
@@ -1003,14 +1191,11 @@ Qwen3KVCache *createKVCache(Qwen3Model *model, size_t capacity) {
         if (capacity > model->meta.dctx) {
             return badParam("createKVCache: capacity " + std::to_string(capacity) + ", the context is " + std::to_string(model->meta.dctx));
         }
-        qwen3::DeviceResource &rsrc = model->device;
-        QWEN3_TRY(rsrc.kv.init(rsrc.context));
+        QWEN3_TRY(qwen3::initPool(model->devices, model->pool));
         auto cache = std::make_unique<Qwen3KVCache>();
-        Qwen3KVCache *const one = cache.get();
-        const uint32_t start = 0, length = static_cast<uint32_t>(capacity);
-        QWEN3_TRY(qwen3::makeRoom(rsrc.context, rsrc.kv, &one, &start, &length, 1));
-        model->caches.emplace(one, std::move(cache));
-        made = one;
+        QWEN3_TRY(qwen3::newCache(model->devices, model->pool, cache.get(), static_cast<uint32_t>(capacity)));
+        made = cache.get();
+        model->caches.emplace(made, std::move(cache));
         return INFINI_STATUS_SUCCESS;
     });
     return made;
@@ -1024,7 +1209,7 @@ Qwen3KVCache *duplicateKVCache(Qwen3Model *model, const Qwen3KVCache *cache, uin
             return badParam("duplicateKVCache: seq_len is " + std::to_string(seq_len) + ", the cache holds " + std::to_string(cache->length));
         }
         auto copy = std::make_unique<Qwen3KVCache>();
-        QWEN3_TRY(qwen3::duplicate(model->device.context, model->device.kv, *cache, copy.get(), seq_len));
+        QWEN3_TRY(qwen3::duplicate(model->devices, model->pool, *cache, copy.get(), seq_len));
         made = copy.get();
         model->caches.emplace(made, std::move(copy));
         return INFINI_STATUS_SUCCESS;
@@ -1038,7 +1223,7 @@ infiniStatus_t trimKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t seq_
         if (seq_len > cache->length) {
             return badParam("trimKVCache: seq_len is " + std::to_string(seq_len) + ", the cache holds " + std::to_string(cache->length));
         }
-        qwen3::trim(model->device.kv, *cache, seq_len);
+        qwen3::trim(model->pool, *cache, seq_len);
         return INFINI_STATUS_SUCCESS;
     });
 }
@@ -1050,7 +1235,7 @@ infiniStatus_t reserveKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t n
             return badParam("reserveKVCache: " + std::to_string(ntokens) + " tokens, the context is " + std::to_string(model->meta.dctx));
         }
         const uint32_t start = cache->length, more = ntokens > start ? ntokens - start : 0;
-        return qwen3::makeRoom(model->device.context, model->device.kv, &cache, &start, &more, 1);
+        return qwen3::makeRoom(model->devices, model->pool, &cache, &start, &more, 1);
     });
 }
 
@@ -1059,15 +1244,14 @@ uint32_t lengthKVCache(const Qwen3KVCache *cache) { return cache ? cache->length
 infiniStatus_t dropKVCache(Qwen3Model *model, Qwen3KVCache *cache) {
     return guarded(model, "dropKVCache", [&]() -> infiniStatus_t {
         QWEN3_TRY(qwen3::findCache(*model, cache));
-        QWEN3_CHECK(infinirtStreamSynchronize(model->device.context.stream), "infinirtStreamSynchronize (KV cache)"); // before its memory goes
-        model->device.kv.count(0, cache->memory.size());
+        qwen3::freeCache(model->devices, model->pool, *cache);
         model->caches.erase(cache);
         return INFINI_STATUS_SUCCESS;
     });
 }
 
 infiniStatus_t setKVPoolSize(Qwen3Model *model, uint64_t ntokens) {
-    return guarded(model, "setKVPoolSize", [&]() -> infiniStatus_t { return model->device.kv.setTokens(ntokens); });
+    return guarded(model, "setKVPoolSize", [&]() -> infiniStatus_t { return model->pool.setTokens(ntokens); });
 }
 
 infiniStatus_t getKVPoolInfo(const Qwen3Model *model, Qwen3KVPoolInfo *info) {
@@ -1075,8 +1259,8 @@ infiniStatus_t getKVPoolInfo(const Qwen3Model *model, Qwen3KVPoolInfo *info) {
         if (!info) {
             return fail(INFINI_STATUS_NULL_POINTER, "getKVPoolInfo: info is null");
         }
-        const qwen3::KVPool &pool = model->device.kv;
-        *info = Qwen3KVPoolInfo{0, pool.blocks(), pool.freeBlocks(), 2 * uint64_t{qwen3::NLAYER} * qwen3::NKVH * qwen3::DH * qwen3::ELEM, pool.bytes()};
+        const qwen3::KVPool &pool = model->pool;
+        *info = Qwen3KVPoolInfo{0, pool.blocks(), pool.freeBlocks(), 2 * uint64_t{qwen3::NLAYER} * qwen3::NKVH * qwen3::DH * qwen3::ELEM, qwen3::poolBytes(model->devices, pool)};
         return INFINI_STATUS_SUCCESS;
     });
 }
@@ -1087,7 +1271,7 @@ infiniStatus_t exportKVCache(Qwen3Model *model, const Qwen3KVCache *cache, uint3
         if (!host || uint64_t{start} + ntokens > cache->length) {
             return badParam("exportKVCache: host is null, or tokens " + std::to_string(start) + " + " + std::to_string(ntokens) + " of " + std::to_string(cache->length));
         }
-        return qwen3::copyCache(model->device, *cache, start, ntokens, static_cast<std::byte *>(host), INFINIRT_MEMCPY_D2H);
+        return qwen3::copyCache(model->devices, *cache, start, ntokens, static_cast<std::byte *>(host), INFINIRT_MEMCPY_D2H);
     });
 }
 
@@ -1097,8 +1281,8 @@ infiniStatus_t importKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t st
         if (!host || start > cache->length || uint64_t{start} + ntokens > model->meta.dctx) {
             return badParam("importKVCache: host is null, or tokens " + std::to_string(start) + " + " + std::to_string(ntokens) + " do not follow " + std::to_string(cache->length));
         }
-        QWEN3_TRY(qwen3::makeRoom(model->device.context, model->device.kv, &cache, &start, &ntokens, 1));
-        QWEN3_TRY(qwen3::copyCache(model->device, *cache, start, ntokens, const_cast<std::byte *>(static_cast<const std::byte *>(host)), INFINIRT_MEMCPY_H2D));
+        QWEN3_TRY(qwen3::makeRoom(model->devices, model->pool, &cache, &start, &ntokens, 1));
+        QWEN3_TRY(qwen3::copyCache(model->devices, *cache, start, ntokens, const_cast<std::byte *>(static_cast<const std::byte *>(host)), INFINIRT_MEMCPY_H2D));
         cache->length = start + ntokens;
         return INFINI_STATUS_SUCCESS;
     });
@@ -1106,7 +1290,9 @@ infiniStatus_t importKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t st
 
 infiniStatus_t setTrace(Qwen3Model *model, int on) {
     return guarded(model, "setTrace", [&]() -> infiniStatus_t {
-        model->device.context.trace = on != 0;
+        for (const auto &device : model->devices) {
+            device->context.trace = on != 0;
+        }
         return INFINI_STATUS_SUCCESS;
     });
 }
@@ -1116,7 +1302,7 @@ uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
         return 0;
     }
     const std::lock_guard<std::mutex> lock(model->mutex);
-    const qwen3::Counters &counters = model->device.counters;
+    const qwen3::Counters &counters = model->devices[0]->counters;
     const std::pair<const char *, uint64_t> table[] = {
         {"steps", counters.steps},
         {"plans_built", counters.plans_built},
@@ -1124,6 +1310,12 @@ uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
         {"descriptors_created", counters.descriptors_created},
         {"device_allocations", counters.device_allocations},
         {"h2d_copies", counters.h2d_copies},
+        {"graphs_captured", counters.graphs_captured},
+        {"graphs_replayed", counters.graphs_replayed},
+        {"collectives", counters.collectives},
+        {"collective_bytes", counters.collective_bytes},
+        {"weight_bytes", counters.weight_bytes},
+        {"device_bytes", counters.device_bytes},
     };
     for (const auto &[key, value] : table) {
         if (std::strcmp(key, name) == 0) {

@@ -108,7 +108,8 @@ QWEN3_EXPORT infiniStatus_t importKVCache(struct Qwen3Model *model, struct Qwen3
 
 // Prints every InfiniCore call to stderr.
 QWEN3_EXPORT infiniStatus_t setTrace(struct Qwen3Model *model, int on);
-// "steps", "plans_built", "plans_evicted", "descriptors_created", "device_allocations", "h2d_copies"; 0 for other names.
+// Of the first device: "steps", "plans_built", "plans_evicted", "descriptors_created", "device_allocations", "h2d_copies", "graphs_captured", "graphs_replayed",
+// "collectives", "collective_bytes", "weight_bytes", "device_bytes"; 0 for other names.
 QWEN3_EXPORT uint64_t getQwen3Counter(const struct Qwen3Model *model, const char *name);
 
 } // extern "C"
@@ -123,6 +124,12 @@ struct Counters {
     uint64_t descriptors_created = 0;
     uint64_t device_allocations = 0;
     uint64_t h2d_copies = 0;
+    uint64_t graphs_captured = 0;
+    uint64_t graphs_replayed = 0;
+    uint64_t collectives = 0;
+    uint64_t collective_bytes = 0; // that this device put in
+    uint64_t weight_bytes = 0;     // that this device reads
+    uint64_t device_bytes = 0;     // of device memory held beside weights
 };
 
 // Where calls of one device go.
@@ -400,10 +407,14 @@ using SwiGLU = QWEN3_OP(SwiGLU);
 class DeviceBuffer {
 public:
     DeviceBuffer() = default;
-    DeviceBuffer(DeviceBuffer &&other) noexcept : _data(std::exchange(other._data, nullptr)), _size(std::exchange(other._size, 0)) {}
+    DeviceBuffer(DeviceBuffer &&other) noexcept : _data(std::exchange(other._data, nullptr)), _size(std::exchange(other._size, 0)), _counters(other._counters) {}
     DeviceBuffer &operator=(DeviceBuffer &&other) noexcept {
-        std::swap(_data, other._data);
-        std::swap(_size, other._size);
+        if (this != &other) {
+            release();
+            _data = std::exchange(other._data, nullptr);
+            _size = std::exchange(other._size, 0);
+            _counters = other._counters;
+        }
         return *this;
     }
     ~DeviceBuffer() { release(); }
@@ -420,16 +431,21 @@ public:
             const std::string text = "infinirtMalloc of " + std::to_string(size) + " bytes (" + what + ")";
             return fail(status == INFINI_STATUS_SUCCESS ? INFINI_STATUS_INSUFFICIENT_WORKSPACE : status, text);
         }
-        ++context.counters->device_allocations;
+        if ((_counters = context.counters)) {
+            ++_counters->device_allocations;
+            _counters->device_bytes += size;
+        }
         _data = static_cast<std::byte *>(data);
         _size = size;
         return INFINI_STATUS_SUCCESS;
     }
-    // The same, and fresh memory is zero: InfiniCore 0.1.0's CPU gemm adds 0 * C in float32, and memory that was never written may hold NaN.
+    // The same for sizes that grow from step to step: half as much again as before, so that it seldom happens. Fresh memory is zero: InfiniCore 0.1.0's CPU gemm adds
+    // 0 * C in float32, and memory that was never written may hold NaN.
     infiniStatus_t reserveZeroed(const Context &context, size_t size, const char *what) {
         if (size <= _size) {
             return INFINI_STATUS_SUCCESS;
         }
+        size = std::max(size, _size + _size / 2);
         QWEN3_TRY(reserve(context, size, what));
         const std::vector<std::byte> zeros(std::min<size_t>(size, size_t{1} << 20));
         for (size_t done = 0; done < size; done += zeros.size()) {
@@ -444,6 +460,48 @@ private:
     void release() {
         if (_data) {
             infinirtFree(_data);
+            if (_counters) {
+                _counters->device_bytes -= _size;
+            }
+        }
+        _data = nullptr;
+        _size = 0;
+    }
+    std::byte *_data = nullptr;
+    size_t _size = 0;
+    Counters *_counters = nullptr; // null: not counted
+};
+
+// Host memory that the device can copy from and to while the host goes on.
+class HostBuffer {
+public:
+    HostBuffer() = default;
+    HostBuffer(const HostBuffer &) = delete;
+    HostBuffer &operator=(const HostBuffer &) = delete;
+    ~HostBuffer() { release(); }
+
+    // Make room for size bytes, and then some: it grows seldom. What was in it is lost.
+    infiniStatus_t reserve(size_t size, const char *what) {
+        if (size <= _size) {
+            return INFINI_STATUS_SUCCESS;
+        }
+        release();
+        void *data = nullptr;
+        const infiniStatus_t status = infinirtMallocHost(&data, 2 * size);
+        if (status != INFINI_STATUS_SUCCESS || data == nullptr) {
+            const std::string text = "infinirtMallocHost of " + std::to_string(2 * size) + " bytes (" + what + ")";
+            return fail(status == INFINI_STATUS_SUCCESS ? INFINI_STATUS_INSUFFICIENT_WORKSPACE : status, text);
+        }
+        _data = static_cast<std::byte *>(data);
+        _size = 2 * size;
+        return INFINI_STATUS_SUCCESS;
+    }
+    std::byte *data() const { return _data; }
+
+private:
+    void release() {
+        if (_data) {
+            infinirtFreeHost(_data);
         }
         _data = nullptr;
         _size = 0;

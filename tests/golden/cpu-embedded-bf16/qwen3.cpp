@@ -3,32 +3,36 @@
 // A dense decoder of 4 layers, hidden 160, 6 query and 2 key/value heads of 32, intermediate 384, vocabulary 608; paged KV cache.
 //
 // The calls of one layer:
-//   qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
-//   q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
-//   k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
-//   qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
-//   k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32] = paged_caching(k_cache [B, 2, 16, 32], v_cache [B, 2, 16, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], slots [T])
-//   attn [T, 6, 32] = paged_attention_ragged(q_rope [T, 6, 32], k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
+//   qkv [T, 160*G] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 160*G])
+//   q_rope_norm [T, 3*G, 32] = rms_norm(q_heads [T, 3*G, 32], attn_q_norm [32])
+//   k_rope_norm [T, G, 32] = rms_norm(k_heads [T, G, 32], attn_k_norm [32])
+//   qk_rope [T, 4*G, 32] = rope(qk_rope_norm [T, 4*G, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
+//   k_cache_out [B, G, 16, 32], v_cache_out [B, G, 16, 32] = paged_caching(k_cache [B, G, 16, 32], v_cache [B, G, 16, 32], k_rope [T, G, 32], v_heads [T, G, 32], slots [T])
+//   attn [T, 3*G, 32] = paged_attention_ragged(q_rope [T, 3*G, 32], k_cache_out [B, G, 16, 32], v_cache_out [B, G, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
 //   attn: the other requests
-//   o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
-//   ffn_norm_out [T, 160], hidden_mid [T, 160] = add_rms_norm(hidden [T, 160], o [T, 160], ffn_norm [160])
-//   gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
-//   ffn [T, 384] = swiglu(up [T, 384], gate [T, 384])
-//   down [T, 160] = gemm(ffn [T, 384], ffn_down.t [384, 160])
-//   attn_norm_out_2 [T, 160], hidden_2 [T, 160] = add_rms_norm(hidden_mid [T, 160], down [T, 160], attn_norm [160])
+//   o [T, 160] = gemm(attn_flat [T, 96*G], attn_o.t [96*G, 160])
+//   o_sum [T, 160] = all_reduce(o [T, 160])
+//   ffn_norm_out [T, 160], hidden_mid [T, 160] = add_rms_norm(hidden [T, 160], o_sum [T, 160], ffn_norm [160])
+//   gate_up [T, 2*I] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 2*I])
+//   ffn [T, I] = swiglu(up [T, I], gate [T, I])
+//   down [T, 160] = gemm(ffn [T, I], ffn_down.t [I, 160])
+//   down_sum [T, 160] = all_reduce(down [T, 160])
+//   attn_norm_out_2 [T, 160], hidden_2 [T, 160] = add_rms_norm(hidden_mid [T, 160], down_sum [T, 160], attn_norm [160])
 //
 // Read from top to bottom: the model's constants, where scratch memory lies, the operators of a step, the KV cache, one step, the C interface.
 #include "qwen3_impl.hpp"
 #include "qwen3_weight.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
+#include <condition_variable>
 #include <list>
 #include <map>
 #include <mutex>
 #include <new>
 #include <random>
+#include <set>
+#include <thread>
 
 namespace qwen3 {
 namespace {
@@ -56,6 +60,15 @@ constexpr float INV_FREQ[DH / 2] = {
     1.0f, 0.4216965f, 0.17782794f, 0.074989416f, 0.03162278f, 0.013335215f, 0.0056234132f, 0.0023713738f,
     0.001f, 0.00042169655f, 0.00017782794f, 7.4989424e-05f, 3.1622774e-05f, 1.3335216e-05f, 5.6234135e-06f, 2.3713737e-06f};
 
+// What a device holds of the sizes that are cut where several devices share the model.
+struct Shard {
+    size_t ndev;
+    size_t G; // key and value heads
+    size_t I; // intermediate size
+    size_t V; // rows of lm_head
+};
+constexpr Shard shardFor(size_t ndev) { return {ndev, NKVH / ndev, DI / ndev, DVOC / ndev}; }
+
 constexpr Qwen3Meta COMPILED_META = {DT, NLAYER, D, NH, NKVH, DH, DI, DCTX, DVOC, EPSILON, THETA, END_TOKEN, 1.0f, 1.0f, 1.0f, 1.0f};
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -75,21 +88,23 @@ struct Scratch {
     std::byte *ffn;             // 768 bytes per T
     std::byte *down;            // 320 bytes per T
     std::byte *final_norm_rows; // 320 bytes per L
+    std::byte *logits_part;     // 1216 bytes per L
     std::byte *logits;          // 1216 bytes per L
-    static size_t bytes(size_t T, size_t L) { return 1536 * L + 2624 * T; }
+    static size_t bytes(size_t T, size_t L) { return 2432 * L + 2624 * T; }
     static Scratch at(std::byte *base, size_t T, size_t L) {
         return {
-            base + 1536 * L + 2304 * T, // hidden
-            base + 1536 * L + 640 * T,  // attn_norm_out
-            base + 1536 * L,            // qkv
-            base + 1536 * L + 640 * T,  // qk_rope_norm
-            base + 1536 * L,            // attn
-            base + 1536 * L + 384 * T,  // o
-            base + 1536 * L + 1536 * T, // ffn_norm_out
-            base + 1536 * L,            // gate_up
-            base + 1536 * L + 1536 * T, // ffn
-            base + 1536 * L,            // down
-            base + 1216 * L,            // final_norm_rows
+            base + 2432 * L + 2304 * T, // hidden
+            base + 2432 * L + 640 * T,  // attn_norm_out
+            base + 2432 * L,            // qkv
+            base + 2432 * L + 640 * T,  // qk_rope_norm
+            base + 2432 * L,            // attn
+            base + 2432 * L + 384 * T,  // o
+            base + 2432 * L + 1536 * T, // ffn_norm_out
+            base + 2432 * L,            // gate_up
+            base + 2432 * L + 1536 * T, // ffn
+            base + 2432 * L,            // down
+            base,                       // final_norm_rows
+            base + 1216 * L,            // logits_part
             base,                       // logits
         };
     }
@@ -132,35 +147,47 @@ struct StepPlan {
     SwiGLU ffn{"infiniopSwiGLU"};
     Gemm down{"infiniopGemm"};
     Embedding final_norm_rows{"infiniopEmbedding"};
-    Gemm logits{"infiniopGemm"};
+    Gemm logits_part{"infiniopGemm"};
+    Rearrange gather{"infiniopRearrange"};
     size_t workspace_size = 0;
 
-    infiniStatus_t build(const Context &context, const StepShape &shape, uint32_t pool_blocks, bool transposed);
+    infiniStatus_t build(const Context &context, const StepShape &shape, const Shard &shard, uint32_t pool_blocks, bool transposed);
 };
 
-infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, uint32_t pool_blocks, bool transposed) {
-    const size_t T = shape.tokens, L = shape.rows, R = shape.requests, B = pool_blocks, M = shape.blocks, ND = shape.decodes, NP = R - ND;
+infiniStatus_t StepPlan::build(const Context &context, const StepShape &shape, const Shard &shard, uint32_t pool_blocks, bool transposed) {
+    const size_t T = shape.tokens;
+    const size_t L = shape.rows;
+    const size_t G = shard.G;
+    const size_t I = shard.I;
+    const size_t V = shard.V;
+    const size_t B = pool_blocks;
+    const size_t M = shape.blocks;
+    const size_t ND = shape.decodes;
+    const size_t NP = shape.requests - shape.decodes;
     QWEN3_TRY(hidden_0.create(context, "hidden.0", TensorDesc(DT, {T, 160}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {608, 160})));
     QWEN3_TRY(attn_norm_out_0.create(context, "attn_norm_out.0", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
-    QWEN3_TRY(qkv.create(context, "qkv", TensorDesc(DT, {T, 320}), TensorDesc(DT, {T, 160}), weightDesc(320, 160, transposed)));
-    QWEN3_TRY(q_rope_norm.create(context, "q_rope_norm", TensorDesc(DT, {T, 6, 32}, {256, 32, 1}), TensorDesc(DT, {T, 6, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(k_rope_norm.create(context, "k_rope_norm", TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(DT, {32}), EPSILON));
-    QWEN3_TRY(qk_rope.create(context, "qk_rope", TensorDesc(DT, {T, 8, 32}), TensorDesc(DT, {T, 8, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
-    QWEN3_TRY(k_cache_out.create(context, "k_cache_out", TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {T, 2, 32}, {256, 32, 1}), TensorDesc(DT, {T, 2, 32}, {320, 32, 1}), TensorDesc(INFINI_DTYPE_I64, {T})));
+    QWEN3_TRY(qkv.create(context, "qkv", TensorDesc(DT, {T, 160 * G}), TensorDesc(DT, {T, 160}), weightDesc(160 * G, 160, transposed)));
+    QWEN3_TRY(q_rope_norm.create(context, "q_rope_norm", TensorDesc(DT, {T, 3 * G, 32}, {static_cast<ptrdiff_t>(128 * G), 32, 1}), TensorDesc(DT, {T, 3 * G, 32}, {static_cast<ptrdiff_t>(160 * G), 32, 1}), TensorDesc(DT, {32}), EPSILON));
+    QWEN3_TRY(k_rope_norm.create(context, "k_rope_norm", TensorDesc(DT, {T, G, 32}, {static_cast<ptrdiff_t>(128 * G), 32, 1}), TensorDesc(DT, {T, G, 32}, {static_cast<ptrdiff_t>(160 * G), 32, 1}), TensorDesc(DT, {32}), EPSILON));
+    QWEN3_TRY(qk_rope.create(context, "qk_rope", TensorDesc(DT, {T, 4 * G, 32}), TensorDesc(DT, {T, 4 * G, 32}), TensorDesc(INFINI_DTYPE_I32, {T}), TensorDesc(DT, {512, 16}), TensorDesc(DT, {512, 16}), INFINIOP_ROPE_ALGO_GPT_NEOX));
+    QWEN3_TRY(k_cache_out.create(context, "k_cache_out", TensorDesc(DT, {B, G, 16, 32}), TensorDesc(DT, {B, G, 16, 32}), TensorDesc(DT, {T, G, 32}, {static_cast<ptrdiff_t>(128 * G), 32, 1}), TensorDesc(DT, {T, G, 32}, {static_cast<ptrdiff_t>(160 * G), 32, 1}), TensorDesc(INFINI_DTYPE_I64, {T})));
     if (ND != 0) {
-        QWEN3_TRY(attn_decode.create(context, "attn_decode", TensorDesc(DT, {ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {ND, M}), TensorDesc(INFINI_DTYPE_I32, {ND}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
+        QWEN3_TRY(attn_decode.create(context, "attn_decode", TensorDesc(DT, {ND, 3 * G, 32}, {static_cast<ptrdiff_t>(96 * G), 32, 1}), TensorDesc(DT, {ND, 3 * G, 32}, {static_cast<ptrdiff_t>(128 * G), 32, 1}), TensorDesc(DT, {B, G, 16, 32}), TensorDesc(DT, {B, G, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {ND, M}), TensorDesc(INFINI_DTYPE_I32, {ND}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
     }
     if (NP != 0) {
-        QWEN3_TRY(attn_prefill.create(context, "attn_prefill", TensorDesc(DT, {T - ND, 6, 32}, {192, 32, 1}), TensorDesc(DT, {T - ND, 6, 32}, {256, 32, 1}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(DT, {B, 2, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {NP, M}), TensorDesc(INFINI_DTYPE_I32, {NP}), TensorDesc(INFINI_DTYPE_I32, {NP + 1}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
+        QWEN3_TRY(attn_prefill.create(context, "attn_prefill", TensorDesc(DT, {T - ND, 3 * G, 32}, {static_cast<ptrdiff_t>(96 * G), 32, 1}), TensorDesc(DT, {T - ND, 3 * G, 32}, {static_cast<ptrdiff_t>(128 * G), 32, 1}), TensorDesc(DT, {B, G, 16, 32}), TensorDesc(DT, {B, G, 16, 32}), TensorDesc(INFINI_DTYPE_I32, {NP, M}), TensorDesc(INFINI_DTYPE_I32, {NP}), TensorDesc(INFINI_DTYPE_I32, {NP + 1}), infiniopTensorDescriptor_t{nullptr}, 0.17677669f));
     }
-    QWEN3_TRY(o.create(context, "o", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 192}), weightDesc(160, 192, transposed)));
+    QWEN3_TRY(o.create(context, "o", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 96 * G}), weightDesc(160, 96 * G, transposed)));
     QWEN3_TRY(ffn_norm_out.create(context, "ffn_norm_out", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 160}), TensorDesc(DT, {160}), EPSILON));
-    QWEN3_TRY(gate_up.create(context, "gate_up", TensorDesc(DT, {T, 768}), TensorDesc(DT, {T, 160}), weightDesc(768, 160, transposed)));
-    QWEN3_TRY(ffn.create(context, "ffn", TensorDesc(DT, {T, 384}), TensorDesc(DT, {T, 384}, {768, 1}), TensorDesc(DT, {T, 384}, {768, 1})));
-    QWEN3_TRY(down.create(context, "down", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, 384}), weightDesc(160, 384, transposed)));
+    QWEN3_TRY(gate_up.create(context, "gate_up", TensorDesc(DT, {T, 2 * I}), TensorDesc(DT, {T, 160}), weightDesc(2 * I, 160, transposed)));
+    QWEN3_TRY(ffn.create(context, "ffn", TensorDesc(DT, {T, I}), TensorDesc(DT, {T, I}, {static_cast<ptrdiff_t>(2 * I), 1}), TensorDesc(DT, {T, I}, {static_cast<ptrdiff_t>(2 * I), 1})));
+    QWEN3_TRY(down.create(context, "down", TensorDesc(DT, {T, 160}), TensorDesc(DT, {T, I}), weightDesc(160, I, transposed)));
     QWEN3_TRY(final_norm_rows.create(context, "final_norm_rows", TensorDesc(DT, {L, 160}), TensorDesc(INFINI_DTYPE_I32, {L}), TensorDesc(DT, {T, 160})));
-    QWEN3_TRY(logits.create(context, "logits", TensorDesc(DT, {L, 608}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, 608}, {1, 160})));
-    for (const size_t size : {hidden_0.workspaceSize(), attn_norm_out_0.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), qk_rope.workspaceSize(), k_cache_out.workspaceSize(), attn_decode.workspaceSize(), attn_prefill.workspaceSize(), o.workspaceSize(), ffn_norm_out.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), final_norm_rows.workspaceSize(), logits.workspaceSize()}) {
+    QWEN3_TRY(logits_part.create(context, "logits_part", TensorDesc(DT, {L, V}), TensorDesc(DT, {L, 160}), TensorDesc(DT, {160, V}, {1, 160})));
+    if (shard.ndev > 1 && L > 1) {
+        QWEN3_TRY(gather.create(context, "gather", TensorDesc(DT, {L, shard.ndev, V}), TensorDesc(DT, {L, shard.ndev, V}, {static_cast<ptrdiff_t>(V), static_cast<ptrdiff_t>(L * V), 1})));
+    }
+    for (const size_t size : {hidden_0.workspaceSize(), attn_norm_out_0.workspaceSize(), qkv.workspaceSize(), q_rope_norm.workspaceSize(), k_rope_norm.workspaceSize(), qk_rope.workspaceSize(), k_cache_out.workspaceSize(), attn_decode.workspaceSize(), attn_prefill.workspaceSize(), o.workspaceSize(), ffn_norm_out.workspaceSize(), gate_up.workspaceSize(), ffn.workspaceSize(), down.workspaceSize(), final_norm_rows.workspaceSize(), logits_part.workspaceSize(), gather.workspaceSize()}) {
         workspace_size = std::max(workspace_size, size);
     }
     ++context.counters->plans_built;
@@ -224,29 +251,53 @@ private:
 // The KV cache: a pool of blocks of 16 tokens. A cache owns a list of blocks; duplicates share them until they write.
 
 constexpr uint32_t BLOCK = 16;
-constexpr size_t BLOCK_BYTES = size_t{NKVH} * BLOCK * DH * ELEM; // keys or values of one block in one layer: [NKVH, BLOCK, DH]
+constexpr size_t HEAD_BYTES = size_t{BLOCK} * DH * ELEM; // keys or values of one head in one block of one layer: [BLOCK, DH]
 
 constexpr uint32_t blocksFor(uint64_t tokens) { return static_cast<uint32_t>((tokens + BLOCK - 1) / BLOCK); }
 
-class KVPool {
+// A device's part of the pool: its heads of every block.
+class KVMemory {
 public:
-    // Allocate the pool, if that has not happened yet.
-    infiniStatus_t init(const Context &context) {
-        if (_blocks != 0) {
-            return INFINI_STATUS_SUCCESS;
-        }
-        const uint32_t blocks = blocksFor(_tokens);
-        const size_t bytes = 2 * size_t{NLAYER} * blocks * BLOCK_BYTES;
+    infiniStatus_t init(const Context &context, size_t heads, uint32_t blocks) {
+        const size_t bytes = 2 * size_t{NLAYER} * blocks * heads * HEAD_BYTES;
         if (_memory.reserve(context, bytes, "KV pool") != INFINI_STATUS_SUCCESS) {
             return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV pool of " + std::to_string(bytes) + " bytes");
         }
+        _blocks = blocks;
+        _block_bytes = heads * HEAD_BYTES;
+        return INFINI_STATUS_SUCCESS;
+    }
+    uint32_t blocks() const { return _blocks; }
+    size_t bytes() const { return _memory.size(); }
+    size_t blockBytes() const { return _block_bytes; }
+    std::byte *keys(size_t layer) const { return _memory.data() + 2 * layer * _blocks * _block_bytes; }
+    std::byte *values(size_t layer) const { return keys(layer) + _blocks * _block_bytes; }
+    infiniStatus_t copy(const Context &context, uint32_t from, uint32_t to) const {
+        for (size_t layer = 0; layer < NLAYER; ++layer) {
+            for (std::byte *base : {keys(layer), values(layer)}) {
+                QWEN3_CHECK(infinirtMemcpyAsync(base + to * _block_bytes, base + from * _block_bytes, _block_bytes, INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (KV block)");
+            }
+        }
+        return INFINI_STATUS_SUCCESS;
+    }
+
+private:
+    DeviceBuffer _memory; // [NLAYER][keys, values][blocks][heads, BLOCK, DH]
+    uint32_t _blocks = 0;
+    size_t _block_bytes = 0;
+};
+
+// Whose blocks are whose; the same on every device.
+class KVPool {
+public:
+    // Take charge of the blocks; once.
+    void init(uint32_t blocks) {
         _blocks = blocks;
         _references.assign(blocks, 0);
         _free.resize(blocks);
         for (uint32_t i = 0; i < blocks; ++i) {
             _free[i] = blocks - 1 - i; // low numbers first
         }
-        return INFINI_STATUS_SUCCESS;
     }
     // Tokens that the pool will hold; before init.
     infiniStatus_t setTokens(uint64_t tokens) {
@@ -259,9 +310,9 @@ public:
         _tokens = tokens;
         return INFINI_STATUS_SUCCESS;
     }
+    uint64_t tokens() const { return _tokens; }
     uint32_t blocks() const { return _blocks; }
     uint32_t freeBlocks() const { return static_cast<uint32_t>(_free.size()); }
-    uint64_t bytes() const { return _memory.size(); }
     uint32_t references(uint32_t block) const { return _references[block]; }
     uint32_t take() {
         const uint32_t block = _free.back();
@@ -275,19 +326,8 @@ public:
             _free.push_back(block);
         }
     }
-    std::byte *keys(size_t layer) const { return _memory.data() + 2 * layer * _blocks * BLOCK_BYTES; }
-    std::byte *values(size_t layer) const { return keys(layer) + _blocks * BLOCK_BYTES; }
-    infiniStatus_t copy(const Context &context, uint32_t from, uint32_t to) const {
-        for (size_t layer = 0; layer < NLAYER; ++layer) {
-            for (std::byte *base : {keys(layer), values(layer)}) {
-                QWEN3_CHECK(infinirtMemcpyAsync(base + to * BLOCK_BYTES, base + from * BLOCK_BYTES, BLOCK_BYTES, INFINIRT_MEMCPY_D2D, context.stream), "infinirtMemcpyAsync (KV block)");
-            }
-        }
-        return INFINI_STATUS_SUCCESS;
-    }
 
 private:
-    DeviceBuffer _memory; // [NLAYER][keys, values][blocks][NKVH, BLOCK, DH]
     uint64_t _tokens = std::max<uint64_t>(DCTX, 8192);
     uint32_t _blocks = 0;
     std::vector<uint32_t> _references;
@@ -305,6 +345,273 @@ struct Qwen3KVCache {
 namespace qwen3 {
 namespace {
 
+// ---------------------------------------------------------------------------------------------------------------------
+// What goes into a step
+
+// A ragged batch as the caller gave it, and the tokens whose logits are wanted.
+struct Batch {
+    const uint32_t *tokens;
+    uint32_t ntok;
+    const uint32_t *req_lens;
+    uint32_t nreq;
+    const uint32_t *req_pos;
+    Qwen3KVCache **kv_caches;
+    const uint32_t *rows; // null: the last token of each request
+    uint32_t nrows;
+};
+
+// The step's integer inputs, in one piece of memory that is filled on the host and copied to the device at once.
+struct Inputs {
+    int64_t *slots = nullptr;        // [T]
+    int32_t *tokens = nullptr;       // [T]
+    int32_t *positions = nullptr;    // [T]
+    int32_t *rows = nullptr;         // [L]
+    int32_t *block_tables = nullptr; // [R, M]
+    int32_t *seq_lens = nullptr;     // [R]
+    int32_t *cu_lens = nullptr;      // [R1]
+    static size_t bytes(const StepShape &shape) {
+        return size_t{8} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.rows + size_t{4} * shape.requests * shape.blocks + size_t{4} * shape.requests + size_t{4} * (shape.requests + 1);
+    }
+    static Inputs at(std::byte *base, const StepShape &shape) {
+        Inputs in;
+        in.slots = reinterpret_cast<int64_t *>(base);
+        base += size_t{8} * shape.tokens;
+        in.tokens = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.tokens;
+        in.positions = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.tokens;
+        in.rows = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.rows;
+        in.block_tables = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.requests * shape.blocks;
+        in.seq_lens = reinterpret_cast<int32_t *>(base);
+        base += size_t{4} * shape.requests;
+        in.cu_lens = reinterpret_cast<int32_t *>(base);
+        return in;
+    }
+};
+
+// A batch as the calls want it, the same for all devices. Its memory is kept from step to step.
+struct Staging {
+    StepShape shape{};
+    HostBuffer inputs;
+    Inputs in{};                               // where they lie in it
+    std::vector<uint32_t> order, first, where; // of requests: in the step, their first tokens in the batch, and in the step
+};
+
+// Fill a step's inputs. Requests of one token come first: they take another operator.
+infiniStatus_t stageInputs(Staging &staging, const Batch &batch) {
+    staging.order.resize(batch.nreq);
+    staging.first.resize(batch.nreq);
+    staging.where.resize(batch.nreq);
+    uint32_t longest = 1;
+    for (uint32_t r = 0, row = 0; r < batch.nreq; row += batch.req_lens[r++]) {
+        staging.order[r] = r;
+        staging.first[r] = row;
+        longest = std::max(longest, blocksFor(uint64_t{batch.req_pos[r]} + batch.req_lens[r]));
+    }
+    StepShape &shape = staging.shape;
+    shape.tokens = batch.ntok;
+    shape.rows = batch.nrows;
+    shape.requests = batch.nreq;
+    shape.decodes = 0;
+    for (const bool single : {true, false}) { // a partition that keeps the order
+        uint32_t at = single ? 0 : shape.decodes;
+        for (uint32_t r = 0; r < batch.nreq; ++r) {
+            if ((batch.req_lens[r] == 1) == single) {
+                staging.order[at++] = r;
+            }
+        }
+        shape.decodes = single ? at : shape.decodes;
+    }
+    shape.blocks = 4; // doubling: operators are made anew only when a request outgrows the table
+    while (shape.blocks < longest) {
+        shape.blocks *= 2;
+    }
+    QWEN3_TRY(staging.inputs.reserve(Inputs::bytes(shape), "inputs"));
+    const Inputs in = staging.in = Inputs::at(staging.inputs.data(), shape);
+
+    uint32_t row = 0, prefilled = 0;
+    for (uint32_t i = 0; i < batch.nreq; ++i) {
+        const uint32_t r = staging.order[i], len = batch.req_lens[r], pos = batch.req_pos[r];
+        const Qwen3KVCache &cache = *batch.kv_caches[r];
+        staging.where[r] = row;
+        for (uint32_t t = 0; t < len; ++t, ++row) {
+            in.tokens[row] = static_cast<int32_t>(batch.tokens[staging.first[r] + t]);
+            in.positions[row] = static_cast<int32_t>(pos + t);
+            in.slots[row] = int64_t{cache.blocks[(pos + t) / BLOCK]} * BLOCK + (pos + t) % BLOCK;
+        }
+        in.seq_lens[i] = static_cast<int32_t>(pos + len);
+        for (uint32_t b = 0; b < shape.blocks; ++b) {
+            in.block_tables[size_t{i} * shape.blocks + b] = b < cache.blocks.size() ? static_cast<int32_t>(cache.blocks[b]) : 0;
+        }
+        if (i >= shape.decodes) { // offsets of the prefilled tokens, from the first of them
+            in.cu_lens[i - shape.decodes] = static_cast<int32_t>(prefilled);
+            prefilled += len;
+        }
+    }
+    for (uint32_t i = shape.requests - shape.decodes; i <= shape.requests; ++i) {
+        in.cu_lens[i] = static_cast<int32_t>(prefilled);
+    }
+    for (uint32_t i = 0; i < shape.rows; ++i) {
+        uint32_t r = std::min(i, batch.nreq - 1), within = batch.req_lens[r] - 1;
+        if (batch.rows) {
+            r = static_cast<uint32_t>(std::upper_bound(staging.first.begin(), staging.first.end(), batch.rows[i]) - staging.first.begin()) - 1;
+            within = batch.rows[i] - staging.first[r];
+        }
+        in.rows[i] = static_cast<int32_t>(staging.where[r] + within);
+    }
+    return INFINI_STATUS_SUCCESS;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A device: its weights, memory and operators
+
+} // namespace
+
+struct DeviceResource {
+    infiniDevice_t device = DEVICE;
+    int device_id = 0;
+    size_t rank = 0, ndev = 1; // which of how many that share the model
+    Shard shard{};
+    Counters counters;
+    Context context;
+    bool transposed = false; // weights are [in, out]
+    Qwen3Meta meta{};
+    infinicclComm_t comm = nullptr; // of all devices; null where there is one
+
+    std::shared_ptr<Tensor> input_embd, output_norm, output_embd, sin_table, cos_table;
+    std::vector<std::shared_ptr<Tensor>> attn_norm, attn_qkv, attn_q_norm, attn_k_norm, attn_o, ffn_norm, ffn_gate_up, ffn_down;
+
+    KVMemory kv;
+    DeviceBuffer scratch, workspace, inputs, sampled, gathered;
+    PlanCache<StepShape, StepPlan> steps;
+    std::unique_ptr<SamplePlan> sample;
+
+    // The step that was prepared last.
+    std::shared_ptr<StepPlan> plan;
+    Inputs in{};
+    std::byte *logits = nullptr; // of the wanted tokens, in the caller's order
+};
+
+infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id);
+void releaseDeviceResource(DeviceResource &rsrc);
+
+infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id) {
+    rsrc->device_id = dev_id;
+    rsrc->rank = static_cast<size_t>(idev);
+    rsrc->ndev = static_cast<size_t>(ndev);
+    rsrc->shard = shardFor(rsrc->ndev);
+    rsrc->meta = *meta;
+    rsrc->transposed = weights->transpose_linear_weights != 0;
+    rsrc->context.counters = &rsrc->counters;
+    QWEN3_CHECK(infinirtSetDevice(DEVICE, dev_id), "infinirtSetDevice");
+    QWEN3_CHECK(infiniopCreateHandle(&rsrc->context.handle), "infiniopCreateHandle");
+    QWEN3_CHECK(infinirtStreamCreate(&rsrc->context.stream), "infinirtStreamCreate");
+    rsrc->input_embd = getInEmbd(meta, weights);
+    rsrc->output_norm = getOutNorm(meta, weights);
+    const bool tied = weights->output_embd == weights->input_embd && meta->scale_input == 1.0f;
+    rsrc->output_embd = tied ? rowsOf(rsrc->input_embd, rsrc->rank * rsrc->shard.V, rsrc->shard.V) : getOutEmbd(meta, weights, idev, ndev);
+    Qwen3Meta widest = *meta; // the tables have the rows that their descriptors were compiled with
+    widest.dctx = DCTX;
+    rsrc->sin_table = getSinTable(&widest, INV_FREQ, ATTENTION_FACTOR);
+    rsrc->cos_table = getCosTable(&widest, INV_FREQ, ATTENTION_FACTOR);
+    bool complete = rsrc->input_embd && rsrc->output_norm && rsrc->output_embd && rsrc->sin_table && rsrc->cos_table;
+    for (size_t layer = 0; layer < NLAYER && complete; ++layer) {
+        rsrc->attn_norm.push_back(getAttnNorm(meta, weights, layer));
+        rsrc->attn_qkv.push_back(getAttnQKV(meta, weights, layer, idev, ndev));
+        rsrc->attn_q_norm.push_back(getAttnQNorm(meta, weights, layer));
+        rsrc->attn_k_norm.push_back(getAttnKNorm(meta, weights, layer));
+        rsrc->attn_o.push_back(getAttnO(meta, weights, layer, idev, ndev));
+        rsrc->ffn_norm.push_back(getFFNNorm(meta, weights, layer));
+        rsrc->ffn_gate_up.push_back(getFFNGateUp(meta, weights, layer, idev, ndev));
+        rsrc->ffn_down.push_back(getFFNDown(meta, weights, layer, idev, ndev));
+        complete = rsrc->attn_norm.back() && rsrc->attn_qkv.back() && rsrc->attn_q_norm.back() && rsrc->attn_k_norm.back() && rsrc->attn_o.back()
+                && rsrc->ffn_norm.back() && rsrc->ffn_gate_up.back() && rsrc->ffn_down.back();
+    }
+    if (!complete) {
+        return INFINI_STATUS_INSUFFICIENT_WORKSPACE; // the getter has said which
+    }
+    std::set<const std::byte *> counted;
+    const auto count = [&](const std::shared_ptr<Tensor> &weight) {
+        rsrc->counters.weight_bytes += weight && counted.insert(weight->data()).second ? weight->bytes() : 0;
+    };
+    for (const auto &weight : {rsrc->input_embd, rsrc->output_norm, tied ? nullptr : rsrc->output_embd}) {
+        count(weight);
+    }
+    for (const auto *weights_of_layers : {&rsrc->attn_norm, &rsrc->attn_qkv, &rsrc->attn_q_norm, &rsrc->attn_k_norm, &rsrc->attn_o, &rsrc->ffn_norm, &rsrc->ffn_gate_up, &rsrc->ffn_down}) {
+        std::for_each(weights_of_layers->begin(), weights_of_layers->end(), count);
+    }
+    rsrc->sample = std::make_unique<SamplePlan>();
+    return rsrc->sample->build(rsrc->context, DVOC);
+}
+
+// Before the struct itself goes; its memory is freed with its device as the current one.
+void releaseDeviceResource(DeviceResource &rsrc) {
+    infinirtSetDevice(DEVICE, rsrc.device_id);
+    infinirtDeviceSynchronize();
+    rsrc.plan.reset();
+    rsrc.steps.clear();
+    rsrc.sample.reset();
+    if (rsrc.comm) {
+        infinicclCommDestroy(rsrc.comm);
+    }
+    rsrc.comm = nullptr;
+    if (rsrc.context.stream) {
+        infinirtStreamDestroy(rsrc.context.stream);
+    }
+    if (rsrc.context.handle) {
+        infiniopDestroyHandle(rsrc.context.handle);
+    }
+    rsrc.context.stream = nullptr;
+    rsrc.context.handle = nullptr;
+}
+
+namespace {
+
+using Devices = std::vector<std::unique_ptr<DeviceResource>>;
+
+// Do something with each device as the current one, in turn; the first is the current one afterwards.
+template <typename Function>
+infiniStatus_t onEach(const Devices &devices, const Function &function) {
+    infiniStatus_t status = INFINI_STATUS_SUCCESS;
+    for (const auto &device : devices) {
+        if (devices.size() > 1) {
+            QWEN3_CHECK(infinirtSetDevice(DEVICE, device->device_id), "infinirtSetDevice");
+        }
+        status = function(*device);
+        if (status != INFINI_STATUS_SUCCESS) {
+            break;
+        }
+    }
+    if (devices.size() > 1) {
+        infinirtSetDevice(DEVICE, devices[0]->device_id);
+    }
+    return status;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What happens to KV caches between steps, on all devices alike
+
+// Allocate the pool, if that has not happened yet.
+infiniStatus_t initPool(const Devices &devices, KVPool &pool) {
+    if (pool.blocks() != 0) {
+        return INFINI_STATUS_SUCCESS;
+    }
+    const uint32_t blocks = blocksFor(pool.tokens());
+    QWEN3_TRY(onEach(devices, [&](DeviceResource &rsrc) { return rsrc.kv.init(rsrc.context, rsrc.shard.G, blocks); }));
+    pool.init(blocks);
+    return INFINI_STATUS_SUCCESS;
+}
+
+uint64_t poolBytes(const Devices &devices, const KVPool &) {
+    uint64_t bytes = 0;
+    for (const auto &device : devices) {
+        bytes += device->kv.bytes();
+    }
+    return bytes;
+}
+
 void trim(KVPool &pool, Qwen3KVCache &cache, uint32_t length) {
     while (cache.blocks.size() > blocksFor(length)) {
         pool.release(cache.blocks.back());
@@ -313,8 +620,10 @@ void trim(KVPool &pool, Qwen3KVCache &cache, uint32_t length) {
     cache.length = std::min(cache.length, length);
 }
 
+void freeCache(const Devices &, KVPool &pool, Qwen3KVCache &cache) { trim(pool, cache, 0); }
+
 // Room for new tokens in several caches at once, or none. Tokens from starts[i] on are dropped; a shared block that will be written to is copied.
-infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *const *caches, const uint32_t *starts, const uint32_t *lens, size_t count) {
+infiniStatus_t makeRoom(const Devices &devices, KVPool &pool, Qwen3KVCache *const *caches, const uint32_t *starts, const uint32_t *lens, size_t count) {
     std::map<uint32_t, uint32_t> dropped; // references that the caches below give up
     const auto holders = [&](uint32_t block) {
         const auto found = dropped.find(block);
@@ -353,7 +662,7 @@ infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *cons
         if (starts[i] % BLOCK != 0 && pool.references(cache.blocks[starts[i] / BLOCK]) > 1) {
             const uint32_t own = pool.take();
             uint32_t &block = cache.blocks[starts[i] / BLOCK];
-            const infiniStatus_t status = pool.copy(context, block, own);
+            const infiniStatus_t status = onEach(devices, [&](DeviceResource &rsrc) { return rsrc.kv.copy(rsrc.context, block, own); });
             pool.release(status == INFINI_STATUS_SUCCESS ? block : own);
             QWEN3_TRY(status);
             block = own;
@@ -365,19 +674,27 @@ infiniStatus_t makeRoom(const Context &context, KVPool &pool, Qwen3KVCache *cons
     return INFINI_STATUS_SUCCESS;
 }
 
-// Where token `position` of a head lies in a layer's keys (or values), and how many tokens follow it densely.
+// Where token `position` of a device's head lies in a layer's keys (or values), and how many tokens follow it densely.
 struct Span {
     size_t offset; // bytes
     uint32_t tokens;
 };
-Span spanAt(const KVPool &, const Qwen3KVCache &cache, size_t head, uint32_t position) {
+Span spanAt(const DeviceResource &rsrc, const Qwen3KVCache &cache, size_t head, uint32_t position) {
     const uint32_t within = position % BLOCK;
-    return {cache.blocks[position / BLOCK] * BLOCK_BYTES + (head * BLOCK + within) * DH * ELEM, BLOCK - within};
+    return {cache.blocks[position / BLOCK] * rsrc.kv.blockBytes() + (head * BLOCK + within) * DH * ELEM, BLOCK - within};
 }
-std::byte *keysOf(const KVPool &pool, const Qwen3KVCache &, size_t layer) { return pool.keys(layer); }
-std::byte *valuesOf(const KVPool &pool, const Qwen3KVCache &, size_t layer) { return pool.values(layer); }
+std::byte *keysOf(const DeviceResource &rsrc, const Qwen3KVCache &, size_t layer) { return rsrc.kv.keys(layer); }
+std::byte *valuesOf(const DeviceResource &rsrc, const Qwen3KVCache &, size_t layer) { return rsrc.kv.values(layer); }
 
-infiniStatus_t duplicate(const Context &, KVPool &pool, const Qwen3KVCache &from, Qwen3KVCache *to, uint32_t length) {
+// An empty cache with room for some tokens.
+infiniStatus_t newCache(const Devices &devices, KVPool &pool, Qwen3KVCache *cache, uint32_t capacity) {
+    cache->blocks.reserve(blocksFor(DCTX)); // so that a step never has to
+    const uint32_t start = 0;
+    return makeRoom(devices, pool, &cache, &start, &capacity, 1);
+}
+
+infiniStatus_t duplicate(const Devices &, KVPool &pool, const Qwen3KVCache &from, Qwen3KVCache *to, uint32_t length) {
+    to->blocks.reserve(blocksFor(DCTX));
     to->blocks.assign(from.blocks.begin(), from.blocks.begin() + blocksFor(length));
     for (const uint32_t block : to->blocks) {
         pool.share(block);
@@ -387,290 +704,280 @@ infiniStatus_t duplicate(const Context &, KVPool &pool, const Qwen3KVCache &from
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A device: its weights, memory and plans
-
-} // namespace
-
-struct DeviceResource {
-    infiniDevice_t device = DEVICE;
-    int device_id = 0;
-    Counters counters;
-    Context context;
-    bool transposed = false; // weights are [in, out]
-    Qwen3Meta meta{};
-
-    std::shared_ptr<Tensor> input_embd, output_norm, output_embd, sin_table, cos_table;
-    std::vector<std::shared_ptr<Tensor>> attn_norm, attn_qkv, attn_q_norm, attn_k_norm, attn_o, ffn_norm, ffn_gate_up, ffn_down;
-
-    KVPool kv;
-    DeviceBuffer scratch, workspace, inputs, sampled;
-    std::vector<std::byte> staging; // a step's inputs, on their way to the device in one copy
-    std::vector<std::byte> fetched; // logits on their way back
-    PlanCache<StepShape, StepPlan> steps;
-    std::unique_ptr<SamplePlan> sample;
-    std::mt19937_64 random{std::random_device{}()};
-};
-
-infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id);
-void releaseDeviceResource(DeviceResource &rsrc);
+// One step on one device
 
 // Point the context at a workspace of at least this size.
-static infiniStatus_t reserveWorkspace(DeviceResource &rsrc, size_t size) {
+infiniStatus_t reserveWorkspace(DeviceResource &rsrc, size_t size) {
     QWEN3_TRY(rsrc.workspace.reserve(rsrc.context, size, "workspace"));
     rsrc.context.workspace = rsrc.workspace.data();
     rsrc.context.workspace_size = rsrc.workspace.size();
     return INFINI_STATUS_SUCCESS;
 }
 
-infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id) {
-    rsrc->device_id = dev_id;
-    rsrc->meta = *meta;
-    rsrc->transposed = weights->transpose_linear_weights != 0;
-    rsrc->context.counters = &rsrc->counters;
-    QWEN3_CHECK(infinirtSetDevice(DEVICE, dev_id), "infinirtSetDevice");
-    QWEN3_CHECK(infiniopCreateHandle(&rsrc->context.handle), "infiniopCreateHandle");
-    QWEN3_CHECK(infinirtStreamCreate(&rsrc->context.stream), "infinirtStreamCreate");
-    rsrc->input_embd = getInEmbd(meta, weights);
-    rsrc->output_norm = getOutNorm(meta, weights);
-    const bool tied = weights->output_embd == weights->input_embd && meta->scale_input == 1.0f;
-    rsrc->output_embd = tied ? rsrc->input_embd : getOutEmbd(meta, weights);
-    Qwen3Meta widest = *meta; // the tables have the rows that their descriptors were compiled with
-    widest.dctx = DCTX;
-    rsrc->sin_table = getSinTable(&widest, INV_FREQ, ATTENTION_FACTOR);
-    rsrc->cos_table = getCosTable(&widest, INV_FREQ, ATTENTION_FACTOR);
-    bool complete = rsrc->input_embd && rsrc->output_norm && rsrc->output_embd && rsrc->sin_table && rsrc->cos_table;
-    for (size_t layer = 0; layer < NLAYER && complete; ++layer) {
-        rsrc->attn_norm.push_back(getAttnNorm(meta, weights, layer));
-        rsrc->attn_qkv.push_back(getAttnQKV(meta, weights, layer, idev, ndev));
-        rsrc->attn_q_norm.push_back(getAttnQNorm(meta, weights, layer));
-        rsrc->attn_k_norm.push_back(getAttnKNorm(meta, weights, layer));
-        rsrc->attn_o.push_back(getAttnO(meta, weights, layer, idev, ndev));
-        rsrc->ffn_norm.push_back(getFFNNorm(meta, weights, layer));
-        rsrc->ffn_gate_up.push_back(getFFNGateUp(meta, weights, layer, idev, ndev));
-        rsrc->ffn_down.push_back(getFFNDown(meta, weights, layer, idev, ndev));
-        complete = rsrc->attn_norm.back() && rsrc->attn_qkv.back() && rsrc->attn_q_norm.back() && rsrc->attn_k_norm.back() && rsrc->attn_o.back()
-                && rsrc->ffn_norm.back() && rsrc->ffn_gate_up.back() && rsrc->ffn_down.back();
-    }
-    if (!complete) {
-        return INFINI_STATUS_INSUFFICIENT_WORKSPACE; // the getter has said which
-    }
-    rsrc->sample = std::make_unique<SamplePlan>();
-    return rsrc->sample->build(rsrc->context, DVOC);
-}
-
-void releaseDeviceResource(DeviceResource &rsrc) {
-    infinirtSetDevice(DEVICE, rsrc.device_id);
-    infinirtDeviceSynchronize();
-    rsrc.steps.clear();
-    rsrc.sample.reset();
-    if (rsrc.context.stream) {
-        infinirtStreamDestroy(rsrc.context.stream);
-    }
-    if (rsrc.context.handle) {
-        infiniopDestroyHandle(rsrc.context.handle);
-    }
-    rsrc.context.stream = nullptr;
-    rsrc.context.handle = nullptr;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// One step
-
-// A ragged batch as the caller gave it, and the tokens whose logits are wanted.
-struct Batch {
-    const uint32_t *tokens;
-    uint32_t ntok;
-    const uint32_t *req_lens;
-    uint32_t nreq;
-    const uint32_t *req_pos;
-    Qwen3KVCache **kv_caches;
-    const uint32_t *rows; // null: the last token of each request
-    uint32_t nrows;
-};
-
-// The step's integer inputs, in one piece of memory that is filled on the host and copied to the device at once.
-struct Inputs {
-    int64_t *slots;        // [T]
-    int32_t *tokens;       // [T]
-    int32_t *positions;    // [T]
-    int32_t *rows;         // [L]
-    int32_t *block_tables; // [R, M]
-    int32_t *seq_lens;     // [R]
-    int32_t *cu_lens;      // [R1]
-    static size_t bytes(const StepShape &shape) {
-        return size_t{8} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.tokens + size_t{4} * shape.rows + size_t{4} * shape.requests * shape.blocks + size_t{4} * shape.requests + size_t{4} * (shape.requests + 1);
-    }
-    static Inputs at(std::byte *base, const StepShape &shape) {
-        Inputs in;
-        in.slots = reinterpret_cast<int64_t *>(base);
-        base += size_t{8} * shape.tokens;
-        in.tokens = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.tokens;
-        in.positions = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.tokens;
-        in.rows = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.rows;
-        in.block_tables = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.requests * shape.blocks;
-        in.seq_lens = reinterpret_cast<int32_t *>(base);
-        base += size_t{4} * shape.requests;
-        in.cu_lens = reinterpret_cast<int32_t *>(base);
-        return in;
-    }
-};
-
-// Fill the step's inputs. Requests of one token come first: they take another operator.
-static infiniStatus_t stageInputs(DeviceResource &rsrc, const Batch &batch, StepShape *shape, Inputs *host, Inputs *device) {
-    std::vector<uint32_t> order(batch.nreq), first(batch.nreq), where(batch.nreq);
-    uint32_t longest = 1;
-    for (uint32_t r = 0, row = 0; r < batch.nreq; row += batch.req_lens[r++]) {
-        order[r] = r;
-        first[r] = row;
-        longest = std::max(longest, blocksFor(uint64_t{batch.req_pos[r]} + batch.req_lens[r]));
-    }
-    const auto middle = std::stable_partition(order.begin(), order.end(), [&](uint32_t r) { return batch.req_lens[r] == 1; });
-    shape->tokens = batch.ntok;
-    shape->rows = batch.nrows;
-    shape->requests = batch.nreq;
-    shape->decodes = static_cast<uint32_t>(middle - order.begin());
-    shape->blocks = 4; // doubling: operators are made anew only when a request outgrows the table
-    while (shape->blocks < longest) {
-        shape->blocks *= 2;
-    }
-    rsrc.staging.resize(Inputs::bytes(*shape));
-    QWEN3_TRY(rsrc.inputs.reserve(rsrc.context, rsrc.staging.size(), "inputs"));
-    *host = Inputs::at(rsrc.staging.data(), *shape);
-    *device = Inputs::at(rsrc.inputs.data(), *shape);
-
-    uint32_t row = 0, prefilled = 0;
-    for (uint32_t i = 0; i < batch.nreq; ++i) {
-        const uint32_t r = order[i], len = batch.req_lens[r], pos = batch.req_pos[r];
-        const Qwen3KVCache &cache = *batch.kv_caches[r];
-        where[r] = row;
-        for (uint32_t t = 0; t < len; ++t, ++row) {
-            host->tokens[row] = static_cast<int32_t>(batch.tokens[first[r] + t]);
-            host->positions[row] = static_cast<int32_t>(pos + t);
-            host->slots[row] = int64_t{cache.blocks[(pos + t) / BLOCK]} * BLOCK + (pos + t) % BLOCK;
-        }
-        host->seq_lens[i] = static_cast<int32_t>(pos + len);
-        for (uint32_t b = 0; b < shape->blocks; ++b) {
-            host->block_tables[size_t{i} * shape->blocks + b] = b < cache.blocks.size() ? static_cast<int32_t>(cache.blocks[b]) : 0;
-        }
-        if (i >= shape->decodes) { // offsets of the prefilled tokens, from the first of them
-            host->cu_lens[i - shape->decodes] = static_cast<int32_t>(prefilled);
-            prefilled += len;
-        }
-    }
-    host->cu_lens[batch.nreq - shape->decodes] = static_cast<int32_t>(prefilled);
-    for (uint32_t i = shape->requests - shape->decodes + 1; i <= shape->requests; ++i) {
-        host->cu_lens[i] = static_cast<int32_t>(prefilled);
-    }
-    for (uint32_t i = 0; i < batch.nrows; ++i) {
-        uint32_t r = i, within = batch.req_lens[std::min(i, batch.nreq - 1)] - 1;
-        if (batch.rows) {
-            r = static_cast<uint32_t>(std::upper_bound(first.begin(), first.end(), batch.rows[i]) - first.begin()) - 1;
-            within = batch.rows[i] - first[r];
-        }
-        host->rows[i] = static_cast<int32_t>(where[r] + within);
-    }
-    ++rsrc.counters.h2d_copies;
-    QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), rsrc.staging.data(), rsrc.staging.size(), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
-    return INFINI_STATUS_SUCCESS;
-}
-
-// Run a batch whose caches have room. Leaves the logits of the wanted tokens, in the caller's order, on the device and says where.
-infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, const Batch &batch, std::byte **logits) {
-    static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
+// Operators and memory for a step, before any of its calls is made. The device's earlier steps are done.
+infiniStatus_t prepareStep(DeviceResource &rsrc, const Staging &staging, uint32_t samples) {
     const Context &context = rsrc.context;
-    StepShape shape{};
-    Inputs in{}; // on the device
-    Inputs host{};
-    QWEN3_TRY(stageInputs(rsrc, batch, &shape, &host, &in));
-    const size_t T = shape.tokens, L = shape.rows;
-    std::shared_ptr<StepPlan> plan;
-    QWEN3_TRY(rsrc.steps.get(context, shape, &plan, shape, rsrc.kv.blocks(), rsrc.transposed));
-    QWEN3_TRY(reserveWorkspace(rsrc, plan->workspace_size));
-    QWEN3_TRY(rsrc.scratch.reserveZeroed(context, Scratch::bytes(T, L), "scratch"));
-    const Scratch s = Scratch::at(rsrc.scratch.data(), T, L);
+    const StepShape &shape = staging.shape;
+    QWEN3_TRY(rsrc.inputs.reserve(context, Inputs::bytes(shape), "inputs"));
+    rsrc.in = Inputs::at(rsrc.inputs.data(), shape);
+    QWEN3_TRY(rsrc.steps.get(context, shape, &rsrc.plan, shape, rsrc.shard, rsrc.kv.blocks(), rsrc.transposed));
+    size_t workspace = std::max(rsrc.plan->workspace_size, rsrc.sample->workspace_size);
+    QWEN3_TRY(reserveWorkspace(rsrc, workspace));
+    if (rsrc.ndev > 1 && shape.rows > 1) {
+        QWEN3_TRY(rsrc.gathered.reserve(context, shape.rows * size_t{DVOC} * ELEM, "gathered logits"));
+    }
+    QWEN3_TRY(rsrc.sampled.reserve(context, samples * sizeof(int64_t), "sampled tokens"));
+    return rsrc.scratch.reserveZeroed(context, Scratch::bytes(shape.tokens, shape.rows), "scratch");
+}
+
+// The sum over all devices, in place.
+infiniStatus_t allReduce(DeviceResource &rsrc, const char *what, std::byte *data, size_t count) {
+    if (rsrc.ndev == 1) {
+        return INFINI_STATUS_SUCCESS;
+    }
+    if (rsrc.context.trace) {
+        std::fprintf(stderr, "infinicclAllReduce %s\n", what);
+    }
+    ++rsrc.counters.collectives;
+    rsrc.counters.collective_bytes += count * ELEM;
+    const infiniStatus_t status = infinicclAllReduce(data, data, count, DT, INFINICCL_SUM, rsrc.comm, rsrc.context.stream);
+    return status == INFINI_STATUS_SUCCESS ? status : fail(status, std::string("infinicclAllReduce (") + what + ")");
+}
+
+// Every device's columns of the logits side by side: [ndev, L, V] to [L, ndev * V].
+infiniStatus_t gatherLogits(DeviceResource &rsrc, std::byte *part, std::byte *whole, size_t rows) {
+    const size_t count = rows * rsrc.shard.V;
+    if (rsrc.context.trace) {
+        std::fprintf(stderr, "infinicclAllGather logits\n");
+    }
+    ++rsrc.counters.collectives;
+    rsrc.counters.collective_bytes += count * ELEM;
+    std::byte *gathered = rows == 1 ? whole : rsrc.gathered.data();
+    QWEN3_CHECK(infinicclAllGather(part, gathered, count, DT, rsrc.comm, rsrc.context.stream), "infinicclAllGather (logits)");
+    return rows == 1 ? INFINI_STATUS_SUCCESS : rsrc.plan->gather.run(rsrc.context, "logits", whole, gathered);
+}
+
+// The model. Nothing here waits for the device.
+infiniStatus_t launchCalls(DeviceResource &rsrc, const Staging &staging) {
+    const Context &context = rsrc.context;
+    const StepPlan &plan = *rsrc.plan;
+    const StepShape &shape = staging.shape;
+    const Inputs &in = rsrc.in;
+    const size_t T = shape.tokens;
+    const size_t G = rsrc.shard.G;
+    const size_t I = rsrc.shard.I;
+    const Scratch s = Scratch::at(rsrc.scratch.data(), shape.tokens, shape.rows);
 
     // hidden.0 [T, 160] = embedding(tokens [T], input_embd [608, 160])
     // from /model/embed_tokens/Gather, /model/embed_tokens/Cast
-    QWEN3_TRY(plan->hidden_0.run(context, "hidden.0", s.hidden, in.tokens, rsrc.input_embd->data()));
+    QWEN3_TRY(plan.hidden_0.run(context, "hidden.0", s.hidden, in.tokens, rsrc.input_embd->data()));
     // attn_norm_out.0 [T, 160] = rms_norm(hidden.0 [T, 160], attn_norm.0 [160])
     // from /model/layers.*/input_layernorm/RMSNormalization
-    QWEN3_TRY(plan->attn_norm_out_0.run(context, "attn_norm_out.0", s.attn_norm_out, s.hidden, rsrc.attn_norm[0]->data()));
+    QWEN3_TRY(plan.attn_norm_out_0.run(context, "attn_norm_out.0", s.attn_norm_out, s.hidden, rsrc.attn_norm[0]->data()));
     for (size_t layer = 0; layer < NLAYER; ++layer) {
-        // qkv [T, 320] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 320])
+        // qkv [T, 160*G] = gemm(attn_norm_out [T, 160], attn_qkv.t [160, 160*G])
         // from /model/layers.*/self_attn/q_proj/MatMul, /model/layers.*/self_attn/k_proj/MatMul, /model/layers.*/self_attn/v_proj/MatMul
-        QWEN3_TRY(plan->qkv.run(context, "qkv", s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
-        // q_rope_norm [T, 6, 32] = rms_norm(q_heads [T, 6, 32], attn_q_norm [32])
+        QWEN3_TRY(plan.qkv.run(context, "qkv", s.qkv, s.attn_norm_out, rsrc.attn_qkv[layer]->data(), 1.0f, 0.0f));
+        // q_rope_norm [T, 3*G, 32] = rms_norm(q_heads [T, 3*G, 32], attn_q_norm [32])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->q_rope_norm.run(context, "q_rope_norm", s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
-        // k_rope_norm [T, 2, 32] = rms_norm(k_heads [T, 2, 32], attn_k_norm [32])
+        QWEN3_TRY(plan.q_rope_norm.run(context, "q_rope_norm", s.qk_rope_norm, s.qkv, rsrc.attn_q_norm[layer]->data()));
+        // k_rope_norm [T, G, 32] = rms_norm(k_heads [T, G, 32], attn_k_norm [32])
         // from /model/layers.*/self_attn/k_norm/RMSNormalization, /model/layers.*/self_attn/k_rope/RotaryEmbedding
-        QWEN3_TRY(plan->k_rope_norm.run(context, "k_rope_norm", s.qk_rope_norm + 192 * ELEM, s.qkv + 192 * ELEM, rsrc.attn_k_norm[layer]->data()));
-        // qk_rope [T, 8, 32] = rope(qk_rope_norm [T, 8, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
+        QWEN3_TRY(plan.k_rope_norm.run(context, "k_rope_norm", s.qk_rope_norm + 96 * G * ELEM, s.qkv + 96 * G * ELEM, rsrc.attn_k_norm[layer]->data()));
+        // qk_rope [T, 4*G, 32] = rope(qk_rope_norm [T, 4*G, 32], positions [T], sin_table [512, 16], cos_table [512, 16])
         // from /model/layers.*/self_attn/q_norm/RMSNormalization, /model/layers.*/self_attn/q_rope/RotaryEmbedding
-        QWEN3_TRY(plan->qk_rope.run(context, "qk_rope", s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
-        // k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32] = paged_caching(k_cache [B, 2, 16, 32], v_cache [B, 2, 16, 32], k_rope [T, 2, 32], v_heads [T, 2, 32], slots [T])
+        QWEN3_TRY(plan.qk_rope.run(context, "qk_rope", s.qk_rope_norm, s.qk_rope_norm, in.positions, rsrc.sin_table->data(), rsrc.cos_table->data()));
+        // k_cache_out [B, G, 16, 32], v_cache_out [B, G, 16, 32] = paged_caching(k_cache [B, G, 16, 32], v_cache [B, G, 16, 32], k_rope [T, G, 32], v_heads [T, G, 32], slots [T])
         // from /model/layers.*/self_attn/Attention
-        QWEN3_TRY(plan->k_cache_out.run(context, "k_cache_out", rsrc.kv.keys(layer), rsrc.kv.values(layer), s.qk_rope_norm + 192 * ELEM, s.qkv + 256 * ELEM, in.slots));
-        // attn [T, 6, 32] = paged_attention_ragged(q_rope [T, 6, 32], k_cache_out [B, 2, 16, 32], v_cache_out [B, 2, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
+        QWEN3_TRY(plan.k_cache_out.run(context, "k_cache_out", rsrc.kv.keys(layer), rsrc.kv.values(layer), s.qk_rope_norm + 96 * G * ELEM, s.qkv + 128 * G * ELEM, in.slots));
+        // attn [T, 3*G, 32] = paged_attention_ragged(q_rope [T, 3*G, 32], k_cache_out [B, G, 16, 32], v_cache_out [B, G, 16, 32], block_tables [R, M], seq_lens [R], cu_lens [R1]): requests of one token
         // from /model/layers.*/self_attn/Attention
         if (shape.decodes != 0) {
-            QWEN3_TRY(plan->attn_decode.run(context, "attn", s.attn, s.qk_rope_norm, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables, in.seq_lens, nullptr));
+            QWEN3_TRY(plan.attn_decode.run(context, "attn", s.attn, s.qk_rope_norm, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables, in.seq_lens, nullptr));
         }
         // attn: the other requests
         if (shape.decodes != shape.requests) {
-            QWEN3_TRY(plan->attn_prefill.run(context, "attn", s.attn + shape.decodes * 192 * ELEM, s.qk_rope_norm + shape.decodes * 256 * ELEM, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables + size_t{shape.decodes} * shape.blocks, in.seq_lens + shape.decodes, in.cu_lens, nullptr));
+            QWEN3_TRY(plan.attn_prefill.run(context, "attn", s.attn + shape.decodes * 96 * G * ELEM, s.qk_rope_norm + shape.decodes * 128 * G * ELEM, rsrc.kv.keys(layer), rsrc.kv.values(layer), in.block_tables + size_t{shape.decodes} * shape.blocks, in.seq_lens + shape.decodes, in.cu_lens, nullptr));
         }
-        // o [T, 160] = gemm(attn_flat [T, 192], attn_o.t [192, 160])
+        // o [T, 160] = gemm(attn_flat [T, 96*G], attn_o.t [96*G, 160])
         // from /model/layers.*/self_attn/o_proj/MatMul
-        QWEN3_TRY(plan->o.run(context, "o", s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
-        // ffn_norm_out [T, 160], hidden_mid [T, 160] = add_rms_norm(hidden [T, 160], o [T, 160], ffn_norm [160])
+        QWEN3_TRY(plan.o.run(context, "o", s.o, s.attn, rsrc.attn_o[layer]->data(), rsrc.meta.scale_o, 0.0f));
+        // o_sum [T, 160] = all_reduce(o [T, 160])
+        // from /model/layers.*/self_attn/o_proj/MatMul
+        QWEN3_TRY(allReduce(rsrc, "o_sum", s.o, 160 * T));
+        // ffn_norm_out [T, 160], hidden_mid [T, 160] = add_rms_norm(hidden [T, 160], o_sum [T, 160], ffn_norm [160])
         // from /model/layers.*/Add, /model/layers.*/post_attention_layernorm/RMSNormalization
-        QWEN3_TRY(plan->ffn_norm_out.run(context, "ffn_norm_out", s.ffn_norm_out, s.hidden, s.hidden, s.o, rsrc.ffn_norm[layer]->data()));
-        // gate_up [T, 768] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 768])
+        QWEN3_TRY(plan.ffn_norm_out.run(context, "ffn_norm_out", s.ffn_norm_out, s.hidden, s.hidden, s.o, rsrc.ffn_norm[layer]->data()));
+        // gate_up [T, 2*I] = gemm(ffn_norm_out [T, 160], ffn_gate_up.t [160, 2*I])
         // from /model/layers.*/mlp/gate_proj/MatMul, /model/layers.*/mlp/up_proj/MatMul
-        QWEN3_TRY(plan->gate_up.run(context, "gate_up", s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
-        // ffn [T, 384] = swiglu(up [T, 384], gate [T, 384])
+        QWEN3_TRY(plan.gate_up.run(context, "gate_up", s.gate_up, s.ffn_norm_out, rsrc.ffn_gate_up[layer]->data(), 1.0f, 0.0f));
+        // ffn [T, I] = swiglu(up [T, I], gate [T, I])
         // from /model/layers.*/mlp/act_fn/Sigmoid, /model/layers.*/mlp/act_fn/Mul, /model/layers.*/mlp/Mul
-        QWEN3_TRY(plan->ffn.run(context, "ffn", s.ffn, s.gate_up + 384 * ELEM, s.gate_up));
-        // down [T, 160] = gemm(ffn [T, 384], ffn_down.t [384, 160])
+        QWEN3_TRY(plan.ffn.run(context, "ffn", s.ffn, s.gate_up + I * ELEM, s.gate_up));
+        // down [T, 160] = gemm(ffn [T, I], ffn_down.t [I, 160])
         // from /model/layers.*/mlp/down_proj/MatMul
-        QWEN3_TRY(plan->down.run(context, "down", s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
-        // attn_norm_out_2 [T, 160], hidden_2 [T, 160] = add_rms_norm(hidden_mid [T, 160], down [T, 160], attn_norm [160])
+        QWEN3_TRY(plan.down.run(context, "down", s.down, s.ffn, rsrc.ffn_down[layer]->data(), rsrc.meta.scale_down, 0.0f));
+        // down_sum [T, 160] = all_reduce(down [T, 160])
+        // from /model/layers.*/mlp/down_proj/MatMul
+        QWEN3_TRY(allReduce(rsrc, "down_sum", s.down, 160 * T));
+        // attn_norm_out_2 [T, 160], hidden_2 [T, 160] = add_rms_norm(hidden_mid [T, 160], down_sum [T, 160], attn_norm [160])
         // from /model/layers.*/Add_1, /model/layers.*/input_layernorm/RMSNormalization, /model/norm/RMSNormalization
-        QWEN3_TRY(plan->ffn_norm_out.run(context, "attn_norm_out_2", s.attn_norm_out, s.hidden, s.hidden, s.down, (layer + 1 < NLAYER ? rsrc.attn_norm[layer + 1] : rsrc.output_norm)->data()));
+        QWEN3_TRY(plan.ffn_norm_out.run(context, "attn_norm_out_2", s.attn_norm_out, s.hidden, s.hidden, s.down, (layer + 1 < NLAYER ? rsrc.attn_norm[layer + 1] : rsrc.output_norm)->data()));
     }
     // final_norm_rows [L, 160] = gather_rows(final_norm [T, 160], rows [L])
-    QWEN3_TRY(plan->final_norm_rows.run(context, "final_norm_rows", s.final_norm_rows, in.rows, s.attn_norm_out));
-    // logits [L, 608] = gemm(final_norm_rows [L, 160], input_embd.t [160, 608])
+    QWEN3_TRY(plan.final_norm_rows.run(context, "final_norm_rows", s.final_norm_rows, in.rows, s.attn_norm_out));
+    // logits_part [L, V] = gemm(final_norm_rows [L, 160], output_embd.t [160, V])
     // from /lm_head/MatMul
-    QWEN3_TRY(plan->logits.run(context, "logits", s.logits, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
-    *logits = s.logits;
-    for (uint32_t r = 0; r < batch.nreq; ++r) {
-        batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
+    QWEN3_TRY(plan.logits_part.run(context, "logits_part", s.logits_part, s.final_norm_rows, rsrc.output_embd->data(), rsrc.meta.scale_output, 0.0f));
+    // logits [L, 608] = all_gather(logits_part [L, V])
+    // from /lm_head/MatMul
+    rsrc.logits = s.logits_part;
+    if (rsrc.ndev > 1) {
+        rsrc.logits = s.logits;
+        QWEN3_TRY(gatherLogits(rsrc, s.logits_part, rsrc.logits, shape.rows));
     }
-    ++rsrc.counters.steps;
     return INFINI_STATUS_SUCCESS;
 }
+
+} // namespace
+
+// A prepared step: the inputs' one copy, then the model. Leaves the logits in rsrc.logits.
+infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, const Staging &staging) {
+    static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
+    ++rsrc.counters.steps;
+    ++rsrc.counters.h2d_copies;
+    QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), staging.inputs.data(), Inputs::bytes(staging.shape), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
+    return launchCalls(rsrc, staging);
+}
+
+namespace {
+
+// A thread per device beyond the first, which the caller's own thread serves.
+class Team {
+public:
+    Team() = default;
+    Team(const Team &) = delete;
+    Team &operator=(const Team &) = delete;
+    ~Team() {
+        {
+            const std::lock_guard<std::mutex> lock(_mutex);
+            _stopping = true;
+        }
+        _go.notify_all();
+        for (Member &member : _members) {
+            if (member.thread.joinable()) {
+                member.thread.join();
+            }
+        }
+    }
+
+    void start(size_t size) {
+        _members = std::vector<Member>(size - 1);
+        for (size_t i = 0; i < _members.size(); ++i) {
+            _members[i].thread = std::thread([this, i] { serve(_members[i], i + 1); });
+        }
+    }
+
+    // work(rank) for every rank at once. The status of the lowest rank that failed, and its text.
+    template <typename Work>
+    infiniStatus_t run(const Work &work) {
+        {
+            const std::lock_guard<std::mutex> lock(_mutex);
+            _work = &work;
+            _call = [](const void *context, size_t rank) { return (*static_cast<const Work *>(context))(rank); };
+            _pending = _members.size();
+            ++_round;
+        }
+        _go.notify_all();
+        infiniStatus_t status = INFINI_STATUS_INTERNAL_ERROR;
+        std::exception_ptr thrown; // the others still use what is on this stack
+        try {
+            status = work(0);
+        } catch (...) {
+            thrown = std::current_exception();
+        }
+        std::unique_lock<std::mutex> lock(_mutex);
+        _done.wait(lock, [this] { return _pending == 0; });
+        if (thrown) {
+            std::rethrow_exception(thrown);
+        }
+        for (size_t i = 0; i < _members.size() && status == INFINI_STATUS_SUCCESS; ++i) {
+            if (_members[i].status != INFINI_STATUS_SUCCESS) {
+                status = _members[i].status;
+                lastError() = "device " + std::to_string(i + 1) + ": " + _members[i].text;
+            }
+        }
+        return status;
+    }
+
+private:
+    struct Member {
+        std::thread thread;
+        infiniStatus_t status = INFINI_STATUS_SUCCESS;
+        std::string text;
+    };
+
+    void serve(Member &member, size_t rank) {
+        uint64_t served = 0;
+        std::unique_lock<std::mutex> lock(_mutex);
+        while (true) {
+            _go.wait(lock, [&] { return _stopping || _round != served; });
+            if (_stopping) {
+                return;
+            }
+            served = _round;
+            lock.unlock();
+            infiniStatus_t status = INFINI_STATUS_INTERNAL_ERROR;
+            try {
+                status = _call(_work, rank);
+                member.text = status == INFINI_STATUS_SUCCESS ? std::string() : lastError();
+            } catch (...) {
+                member.text.clear(); // out of host memory
+            }
+            lock.lock();
+            member.status = status;
+            if (--_pending == 0) {
+                _done.notify_one();
+            }
+        }
+    }
+
+    std::mutex _mutex;
+    std::condition_variable _go, _done;
+    std::vector<Member> _members;
+    const void *_work = nullptr;
+    infiniStatus_t (*_call)(const void *, size_t) = nullptr;
+    size_t _pending = 0;
+    uint64_t _round = 0;
+    bool _stopping = false;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The C interface
 
+} // namespace
 } // namespace qwen3
 
 struct Qwen3Model {
     Qwen3Meta meta{};
     mutable std::mutex mutex; // one call at a time
-    qwen3::DeviceResource device;
+    qwen3::Devices devices;
+    qwen3::KVPool pool;
+    qwen3::Staging staging;
+    qwen3::HostBuffer sampled;      // tokens on their way back
+    std::vector<std::byte> fetched; // logits on their way back
+    std::mt19937_64 random{std::random_device{}()};
     std::map<const Qwen3KVCache *, std::unique_ptr<Qwen3KVCache>> caches;
+    qwen3::Team team;
 
     ~Qwen3Model() {
-        infinirtSetDevice(qwen3::DEVICE, device.device_id);
-        caches.clear();
-        qwen3::releaseDeviceResource(device);
+        for (const auto &entry : caches) {
+            qwen3::freeCache(devices, pool, *entry.second);
+        }
+        for (auto &device : devices) {
+            qwen3::releaseDeviceResource(*device);
+            device.reset();
+        }
     }
 };
 
@@ -688,7 +995,7 @@ infiniStatus_t failInHandler(infiniStatus_t status, const char *what) noexcept {
     }
 }
 
-// Run a function of a model alone, on the model's device, and turn a failed host allocation into a status.
+// Run a function of a model alone, with its first device as the current one, and turn a failed host allocation into a status.
 template <typename Function>
 infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function function) {
     try {
@@ -697,7 +1004,7 @@ infiniStatus_t guarded(const Qwen3Model *model, const char *name, Function funct
             return fail(INFINI_STATUS_NULL_POINTER, std::string(name) + ": the model is null");
         }
         const std::lock_guard<std::mutex> lock(model->mutex);
-        QWEN3_CHECK(infinirtSetDevice(DEVICE, model->device.device_id), "infinirtSetDevice");
+        QWEN3_CHECK(infinirtSetDevice(DEVICE, model->devices[0]->device_id), "infinirtSetDevice");
         return function();
     } catch (const std::bad_alloc &) {
         return failInHandler(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "out of host memory");
@@ -778,25 +1085,25 @@ infiniStatus_t checkBatch(const Qwen3Model &model, const Batch &batch) {
     }
     uint64_t tokens = 0;
     for (uint32_t r = 0; r < batch.nreq; ++r) {
-        const std::string request = "request " + std::to_string(r);
+        const auto refuse = [r](const std::string &why) { return badParam("request " + std::to_string(r) + why); };
         const uint32_t len = batch.req_lens[r], pos = batch.req_pos[r];
         if (len == 0) {
-            return badParam(request + " has no tokens");
+            return refuse(" has no tokens");
         }
         const auto cache = model.caches.find(batch.kv_caches[r]);
         if (cache == model.caches.end()) {
-            return badParam(request + ": its KV cache is not one of this model");
+            return refuse(": its KV cache is not one of this model");
         }
         for (uint32_t other = 0; other < r; ++other) {
             if (batch.kv_caches[other] == batch.kv_caches[r]) {
-                return badParam(request + " has the KV cache of request " + std::to_string(other));
+                return refuse(" has the KV cache of request " + std::to_string(other));
             }
         }
         if (pos > cache->second->length) {
-            return badParam(request + " starts at position " + std::to_string(pos) + ", its KV cache holds " + std::to_string(cache->second->length) + " tokens");
+            return refuse(" starts at position " + std::to_string(pos) + ", its KV cache holds " + std::to_string(cache->second->length) + " tokens");
         }
         if (uint64_t{pos} + len > model.meta.dctx) {
-            return badParam(request + " ends at position " + std::to_string(uint64_t{pos} + len) + ", the context is " + std::to_string(model.meta.dctx));
+            return refuse(" ends at position " + std::to_string(uint64_t{pos} + len) + ", the context is " + std::to_string(model.meta.dctx));
         }
         tokens += len;
     }
@@ -816,16 +1123,33 @@ infiniStatus_t checkBatch(const Qwen3Model &model, const Batch &batch) {
     return INFINI_STATUS_SUCCESS;
 }
 
-// Check a batch, make room in its caches and run it.
-infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, std::byte **logits) {
+// Check a batch, make room in its caches and run it on all devices. finish(first device) queues what is done with the logits.
+template <typename Finish>
+infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples, const Finish &finish) {
     QWEN3_TRY(checkBatch(model, batch));
-    DeviceResource &rsrc = model.device;
-    QWEN3_TRY(makeRoom(rsrc.context, rsrc.kv, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
-    const infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, batch, logits);
-    if (status != INFINI_STATUS_SUCCESS) {
-        infinirtStreamSynchronize(rsrc.context.stream); // what was queued reads memory that the next step reuses
+    QWEN3_TRY(makeRoom(model.devices, model.pool, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
+    QWEN3_TRY(stageInputs(model.staging, batch));
+    QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) { return prepareStep(rsrc, model.staging, samples); }));
+    const auto work = [&](size_t rank) -> infiniStatus_t {
+        DeviceResource &rsrc = *model.devices[rank];
+        if (rank != 0) {
+            QWEN3_CHECK(infinirtSetDevice(DEVICE, rsrc.device_id), "infinirtSetDevice");
+        }
+        infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, model.staging);
+        if (status == INFINI_STATUS_SUCCESS && rank == 0) {
+            status = finish(rsrc);
+        }
+        // Also after a failure: what was queued reads memory that the next step reuses.
+        const infiniStatus_t done = infinirtStreamSynchronize(rsrc.context.stream);
+        QWEN3_TRY(status);
+        QWEN3_CHECK(done, "infinirtStreamSynchronize");
+        return status;
+    };
+    QWEN3_TRY(model.devices.size() == 1 ? work(0) : model.team.run(work));
+    for (uint32_t r = 0; r < batch.nreq; ++r) {
+        batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
     }
-    return status;
+    return INFINI_STATUS_SUCCESS;
 }
 
 infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
@@ -833,24 +1157,71 @@ infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
 }
 
 // Copy tokens start .. start + ntokens between a cache and host memory [NLAYER, 2, NKVH, ntokens, DH].
-infiniStatus_t copyCache(DeviceResource &rsrc, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
-    QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize (KV cache)");
-    for (size_t layer = 0; layer < NLAYER; ++layer) {
-        for (std::byte *base : {keysOf(rsrc.kv, cache, layer), valuesOf(rsrc.kv, cache, layer)}) {
-            for (size_t head = 0; head < NKVH; ++head) {
-                for (uint32_t done = 0; done < ntokens;) {
-                    const Span span = spanAt(rsrc.kv, cache, head, start + done);
-                    const uint32_t count = std::min(span.tokens, ntokens - done);
-                    const size_t bytes = size_t{count} * DH * ELEM;
-                    std::byte *there = base + span.offset;
-                    const bool out = kind == INFINIRT_MEMCPY_D2H;
-                    QWEN3_CHECK(infinirtMemcpy(out ? host : there, out ? there : host, bytes, kind), "infinirtMemcpy (KV cache)");
-                    host += bytes;
-                    done += count;
+infiniStatus_t copyCache(const Devices &devices, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
+    return onEach(devices, [&](DeviceResource &rsrc) -> infiniStatus_t {
+        QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize (KV cache)");
+        for (size_t layer = 0; layer < NLAYER; ++layer) {
+            for (size_t side = 0; side < 2; ++side) {
+                std::byte *base = side == 0 ? keysOf(rsrc, cache, layer) : valuesOf(rsrc, cache, layer);
+                for (size_t head = 0; head < rsrc.shard.G; ++head) {
+                    std::byte *outside = host + ((layer * 2 + side) * NKVH + rsrc.rank * rsrc.shard.G + head) * ntokens * DH * ELEM;
+                    for (uint32_t done = 0; done < ntokens;) {
+                        const Span span = spanAt(rsrc, cache, head, start + done);
+                        const uint32_t count = std::min(span.tokens, ntokens - done);
+                        const size_t bytes = size_t{count} * DH * ELEM;
+                        std::byte *inside = base + span.offset;
+                        const bool out = kind == INFINIRT_MEMCPY_D2H;
+                        QWEN3_CHECK(infinirtMemcpy(out ? outside : inside, out ? inside : outside, bytes, kind), "infinirtMemcpy (KV cache)");
+                        outside += bytes;
+                        done += count;
+                    }
                 }
             }
         }
+        return INFINI_STATUS_SUCCESS;
+    });
+}
+
+// Whether the model can be cut into ndev equal parts, whole groups of query heads each.
+infiniStatus_t checkDevices(int ndev, const int *dev_ids) {
+    if (ndev < 1) {
+        return badParam("createQwen3Model: ndev is " + std::to_string(ndev));
     }
+    const std::pair<const char *, uint32_t> cut[] = {{"nkvh", NKVH}, {"di", DI}, {"dvoc", DVOC}};
+    for (const auto &[name, size] : cut) {
+        if (size % static_cast<uint32_t>(ndev) != 0) {
+            return badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", which does not divide " + name + " = " + std::to_string(size));
+        }
+    }
+    for (int i = 0; dev_ids && i < ndev; ++i) {
+        for (int other = 0; other < i; ++other) {
+            if (dev_ids[i] == dev_ids[other]) {
+                return badParam("createQwen3Model: dev_ids names device " + std::to_string(dev_ids[i]) + " twice");
+            }
+        }
+    }
+    return INFINI_STATUS_SUCCESS;
+}
+
+// Open the devices of a model.
+infiniStatus_t openDevices(Qwen3Model &model, const Qwen3Weights &weights, int ndev, const int *dev_ids) {
+    for (int i = 0; i < ndev; ++i) {
+        model.devices.push_back(std::make_unique<DeviceResource>());
+        QWEN3_TRY(createDeviceResource(model.devices.back().get(), &model.meta, &weights, i, ndev, dev_ids ? dev_ids[i] : i));
+    }
+    if (ndev > 1) {
+        std::vector<int> ids;
+        for (const auto &device : model.devices) {
+            ids.push_back(device->device_id);
+        }
+        std::vector<infinicclComm_t> comms(ids.size(), nullptr);
+        QWEN3_CHECK(infinicclCommInitAll(DEVICE, comms.data(), ndev, ids.data()), "infinicclCommInitAll");
+        for (size_t i = 0; i < comms.size(); ++i) {
+            model.devices[i]->comm = comms[i];
+        }
+        model.team.start(model.devices.size());
+    }
+    QWEN3_CHECK(infinirtSetDevice(DEVICE, model.devices[0]->device_id), "infinirtSetDevice");
     return INFINI_STATUS_SUCCESS;
 }
 
@@ -875,16 +1246,12 @@ Qwen3Model *createQwen3Model(const Qwen3Meta *meta, const Qwen3Weights *weights,
             fail(INFINI_STATUS_DEVICE_TYPE_NOT_SUPPORTED, "createQwen3Model: device " + std::to_string(static_cast<int>(device)) + ", this engine was compiled for " + std::to_string(static_cast<int>(qwen3::DEVICE)));
             return nullptr;
         }
-        if (ndev != 1) {
-            badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", this engine was compiled for 1 device");
-            return nullptr;
-        }
-        if (qwen3::checkMeta(*meta) != INFINI_STATUS_SUCCESS || qwen3::checkWeights(*weights) != INFINI_STATUS_SUCCESS) {
+        if (qwen3::checkDevices(ndev, dev_ids) != INFINI_STATUS_SUCCESS || qwen3::checkMeta(*meta) != INFINI_STATUS_SUCCESS || qwen3::checkWeights(*weights) != INFINI_STATUS_SUCCESS) {
             return nullptr;
         }
         auto model = std::make_unique<Qwen3Model>();
         model->meta = *meta;
-        if (qwen3::createDeviceResource(&model->device, meta, weights, 0, ndev, dev_ids ? dev_ids[0] : 0) != INFINI_STATUS_SUCCESS) {
+        if (qwen3::openDevices(*model, *weights, ndev, dev_ids) != INFINI_STATUS_SUCCESS) {
             const std::string reason = qwen3::lastError(); // releasing must not overwrite it
             model.reset();
             qwen3::lastError() = reason;
@@ -918,23 +1285,21 @@ infiniStatus_t inferBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t nt
                 return badParam("request " + std::to_string(r) + ": temperature >= 0, topk >= 1, topp in 0..1 and random_val in [0, 1) are expected");
             }
         }
-        qwen3::DeviceResource &rsrc = model->device;
-        std::byte *logits = nullptr;
-        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, nullptr, nreq}, &logits));
-        QWEN3_TRY(qwen3::reserveWorkspace(rsrc, rsrc.sample->workspace_size));
-        QWEN3_TRY(rsrc.sampled.reserve(rsrc.context, nreq * sizeof(int64_t), "sampled tokens"));
+        QWEN3_TRY(model->sampled.reserve(nreq * sizeof(int64_t), "sampled tokens"));
         std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+        const auto sample = [&](qwen3::DeviceResource &rsrc) -> infiniStatus_t {
+            for (uint32_t r = 0; r < nreq; ++r) {
+                // InfiniCore takes 0 for "give me the best": the smallest number above it samples the same.
+                const float value = std::min(std::max(random_val ? random_val[r] : uniform(model->random), 1e-9f), 0.99999994f);
+                const int32_t k = static_cast<int32_t>(std::min(topk[r], qwen3::DVOC));
+                QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, "sample", rsrc.sampled.data() + r * sizeof(int64_t), rsrc.logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
+            }
+            QWEN3_CHECK(infinirtMemcpyAsync(model->sampled.data(), rsrc.sampled.data(), nreq * sizeof(int64_t), INFINIRT_MEMCPY_D2H, rsrc.context.stream), "infinirtMemcpyAsync (sampled tokens)");
+            return INFINI_STATUS_SUCCESS;
+        };
+        QWEN3_TRY(qwen3::runBatch(*model, qwen3::Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, nullptr, nreq}, nreq, sample));
         for (uint32_t r = 0; r < nreq; ++r) {
-            // InfiniCore takes 0 for "give me the best": the smallest number above it samples the same.
-            const float value = std::min(std::max(random_val ? random_val[r] : uniform(rsrc.random), 1e-9f), 0.99999994f);
-            const int32_t k = static_cast<int32_t>(std::min(topk[r], qwen3::DVOC));
-            QWEN3_TRY(rsrc.sample->sample.run(rsrc.context, "sample", rsrc.sampled.data() + r * sizeof(int64_t), logits + size_t{r} * qwen3::DVOC * qwen3::ELEM, value, topp[r], k, temperature[r]));
-        }
-        std::vector<int64_t> sampled(nreq);
-        QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize");
-        QWEN3_CHECK(infinirtMemcpy(sampled.data(), rsrc.sampled.data(), nreq * sizeof(int64_t), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (sampled tokens)");
-        for (uint32_t r = 0; r < nreq; ++r) {
-            output[r] = static_cast<uint32_t>(sampled[r]);
+            output[r] = static_cast<uint32_t>(reinterpret_cast<const int64_t *>(model->sampled.data())[r]);
         }
         return INFINI_STATUS_SUCCESS;
     });
@@ -949,15 +1314,12 @@ infiniStatus_t forwardBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t 
         if (!rows && nrows != nreq) {
             return badParam("forwardBatch: nrows is " + std::to_string(nrows) + " for " + std::to_string(nreq) + " requests without rows");
         }
-        qwen3::DeviceResource &rsrc = model->device;
-        std::byte *device = nullptr;
-        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, rows, nrows}, &device));
+        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, rows, nrows}, 0, [](qwen3::DeviceResource &) { return INFINI_STATUS_SUCCESS; }));
         const size_t count = size_t{nrows} * qwen3::DVOC;
-        QWEN3_CHECK(infinirtStreamSynchronize(rsrc.context.stream), "infinirtStreamSynchronize");
-        rsrc.fetched.resize(count * qwen3::ELEM);
-        QWEN3_CHECK(infinirtMemcpy(rsrc.fetched.data(), device, rsrc.fetched.size(), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (logits)");
+        model->fetched.resize(count * qwen3::ELEM);
+        QWEN3_CHECK(infinirtMemcpy(model->fetched.data(), model->devices[0]->logits, model->fetched.size(), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (logits)");
         for (size_t i = 0; i < count; ++i) {
-            logits[i] = qwen3::toFloat(rsrc.fetched.data(), qwen3::DT, i);
+            logits[i] = qwen3::toFloat(model->fetched.data(), qwen3::DT, i);
         }
         return INFINI_STATUS_SUCCESS;
     });
@@ -969,14 +1331,11 @@ Qwen3KVCache *createKVCache(Qwen3Model *model, size_t capacity) {
         if (capacity > model->meta.dctx) {
             return badParam("createKVCache: capacity " + std::to_string(capacity) + ", the context is " + std::to_string(model->meta.dctx));
         }
-        qwen3::DeviceResource &rsrc = model->device;
-        QWEN3_TRY(rsrc.kv.init(rsrc.context));
+        QWEN3_TRY(qwen3::initPool(model->devices, model->pool));
         auto cache = std::make_unique<Qwen3KVCache>();
-        Qwen3KVCache *const one = cache.get();
-        const uint32_t start = 0, length = static_cast<uint32_t>(capacity);
-        QWEN3_TRY(qwen3::makeRoom(rsrc.context, rsrc.kv, &one, &start, &length, 1));
-        model->caches.emplace(one, std::move(cache));
-        made = one;
+        QWEN3_TRY(qwen3::newCache(model->devices, model->pool, cache.get(), static_cast<uint32_t>(capacity)));
+        made = cache.get();
+        model->caches.emplace(made, std::move(cache));
         return INFINI_STATUS_SUCCESS;
     });
     return made;
@@ -990,7 +1349,7 @@ Qwen3KVCache *duplicateKVCache(Qwen3Model *model, const Qwen3KVCache *cache, uin
             return badParam("duplicateKVCache: seq_len is " + std::to_string(seq_len) + ", the cache holds " + std::to_string(cache->length));
         }
         auto copy = std::make_unique<Qwen3KVCache>();
-        QWEN3_TRY(qwen3::duplicate(model->device.context, model->device.kv, *cache, copy.get(), seq_len));
+        QWEN3_TRY(qwen3::duplicate(model->devices, model->pool, *cache, copy.get(), seq_len));
         made = copy.get();
         model->caches.emplace(made, std::move(copy));
         return INFINI_STATUS_SUCCESS;
@@ -1004,7 +1363,7 @@ infiniStatus_t trimKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t seq_
         if (seq_len > cache->length) {
             return badParam("trimKVCache: seq_len is " + std::to_string(seq_len) + ", the cache holds " + std::to_string(cache->length));
         }
-        qwen3::trim(model->device.kv, *cache, seq_len);
+        qwen3::trim(model->pool, *cache, seq_len);
         return INFINI_STATUS_SUCCESS;
     });
 }
@@ -1016,7 +1375,7 @@ infiniStatus_t reserveKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t n
             return badParam("reserveKVCache: " + std::to_string(ntokens) + " tokens, the context is " + std::to_string(model->meta.dctx));
         }
         const uint32_t start = cache->length, more = ntokens > start ? ntokens - start : 0;
-        return qwen3::makeRoom(model->device.context, model->device.kv, &cache, &start, &more, 1);
+        return qwen3::makeRoom(model->devices, model->pool, &cache, &start, &more, 1);
     });
 }
 
@@ -1025,14 +1384,14 @@ uint32_t lengthKVCache(const Qwen3KVCache *cache) { return cache ? cache->length
 infiniStatus_t dropKVCache(Qwen3Model *model, Qwen3KVCache *cache) {
     return guarded(model, "dropKVCache", [&]() -> infiniStatus_t {
         QWEN3_TRY(qwen3::findCache(*model, cache));
-        qwen3::trim(model->device.kv, *cache, 0);
+        qwen3::freeCache(model->devices, model->pool, *cache);
         model->caches.erase(cache);
         return INFINI_STATUS_SUCCESS;
     });
 }
 
 infiniStatus_t setKVPoolSize(Qwen3Model *model, uint64_t ntokens) {
-    return guarded(model, "setKVPoolSize", [&]() -> infiniStatus_t { return model->device.kv.setTokens(ntokens); });
+    return guarded(model, "setKVPoolSize", [&]() -> infiniStatus_t { return model->pool.setTokens(ntokens); });
 }
 
 infiniStatus_t getKVPoolInfo(const Qwen3Model *model, Qwen3KVPoolInfo *info) {
@@ -1040,8 +1399,8 @@ infiniStatus_t getKVPoolInfo(const Qwen3Model *model, Qwen3KVPoolInfo *info) {
         if (!info) {
             return fail(INFINI_STATUS_NULL_POINTER, "getKVPoolInfo: info is null");
         }
-        const qwen3::KVPool &pool = model->device.kv;
-        *info = Qwen3KVPoolInfo{16, pool.blocks(), pool.freeBlocks(), 2 * uint64_t{qwen3::NLAYER} * qwen3::NKVH * qwen3::DH * qwen3::ELEM, pool.bytes()};
+        const qwen3::KVPool &pool = model->pool;
+        *info = Qwen3KVPoolInfo{16, pool.blocks(), pool.freeBlocks(), 2 * uint64_t{qwen3::NLAYER} * qwen3::NKVH * qwen3::DH * qwen3::ELEM, qwen3::poolBytes(model->devices, pool)};
         return INFINI_STATUS_SUCCESS;
     });
 }
@@ -1052,7 +1411,7 @@ infiniStatus_t exportKVCache(Qwen3Model *model, const Qwen3KVCache *cache, uint3
         if (!host || uint64_t{start} + ntokens > cache->length) {
             return badParam("exportKVCache: host is null, or tokens " + std::to_string(start) + " + " + std::to_string(ntokens) + " of " + std::to_string(cache->length));
         }
-        return qwen3::copyCache(model->device, *cache, start, ntokens, static_cast<std::byte *>(host), INFINIRT_MEMCPY_D2H);
+        return qwen3::copyCache(model->devices, *cache, start, ntokens, static_cast<std::byte *>(host), INFINIRT_MEMCPY_D2H);
     });
 }
 
@@ -1062,8 +1421,8 @@ infiniStatus_t importKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t st
         if (!host || start > cache->length || uint64_t{start} + ntokens > model->meta.dctx) {
             return badParam("importKVCache: host is null, or tokens " + std::to_string(start) + " + " + std::to_string(ntokens) + " do not follow " + std::to_string(cache->length));
         }
-        QWEN3_TRY(qwen3::makeRoom(model->device.context, model->device.kv, &cache, &start, &ntokens, 1));
-        QWEN3_TRY(qwen3::copyCache(model->device, *cache, start, ntokens, const_cast<std::byte *>(static_cast<const std::byte *>(host)), INFINIRT_MEMCPY_H2D));
+        QWEN3_TRY(qwen3::makeRoom(model->devices, model->pool, &cache, &start, &ntokens, 1));
+        QWEN3_TRY(qwen3::copyCache(model->devices, *cache, start, ntokens, const_cast<std::byte *>(static_cast<const std::byte *>(host)), INFINIRT_MEMCPY_H2D));
         cache->length = start + ntokens;
         return INFINI_STATUS_SUCCESS;
     });
@@ -1071,7 +1430,9 @@ infiniStatus_t importKVCache(Qwen3Model *model, Qwen3KVCache *cache, uint32_t st
 
 infiniStatus_t setTrace(Qwen3Model *model, int on) {
     return guarded(model, "setTrace", [&]() -> infiniStatus_t {
-        model->device.context.trace = on != 0;
+        for (const auto &device : model->devices) {
+            device->context.trace = on != 0;
+        }
         return INFINI_STATUS_SUCCESS;
     });
 }
@@ -1081,7 +1442,7 @@ uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
         return 0;
     }
     const std::lock_guard<std::mutex> lock(model->mutex);
-    const qwen3::Counters &counters = model->device.counters;
+    const qwen3::Counters &counters = model->devices[0]->counters;
     const std::pair<const char *, uint64_t> table[] = {
         {"steps", counters.steps},
         {"plans_built", counters.plans_built},
@@ -1089,6 +1450,12 @@ uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
         {"descriptors_created", counters.descriptors_created},
         {"device_allocations", counters.device_allocations},
         {"h2d_copies", counters.h2d_copies},
+        {"graphs_captured", counters.graphs_captured},
+        {"graphs_replayed", counters.graphs_replayed},
+        {"collectives", counters.collectives},
+        {"collective_bytes", counters.collective_bytes},
+        {"weight_bytes", counters.weight_bytes},
+        {"device_bytes", counters.device_bytes},
     };
     for (const auto &[key, value] : table) {
         if (std::strcmp(key, name) == 0) {

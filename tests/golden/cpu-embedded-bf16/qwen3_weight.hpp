@@ -10,9 +10,32 @@
 
 namespace qwen3 {
 
+// A copy of host memory on the current device.
+inline std::shared_ptr<Tensor> copyToDevice(const void *host, infiniDtype_t dtype, std::vector<size_t> shape, const char *what) {
+    const size_t bytes = Tensor(nullptr, dtype, shape).bytes();
+    DeviceBuffer buffer;
+    if (buffer.reserve(Context{}, bytes, what) != INFINI_STATUS_SUCCESS) {
+        return nullptr;
+    }
+    if (const infiniStatus_t status = infinirtMemcpy(buffer.data(), host, bytes, INFINIRT_MEMCPY_H2D); status != INFINI_STATUS_SUCCESS) {
+        fail(status, std::string("infinirtMemcpy (") + what + ")");
+        return nullptr;
+    }
+    return std::make_shared<Tensor>(std::move(buffer), dtype, std::move(shape));
+}
+
 // This device's memory is the host's: a weight is read where it lies.
 inline std::shared_ptr<Tensor> toDevice(const void *host, infiniDtype_t dtype, std::vector<size_t> shape) {
     return std::make_shared<Tensor>(const_cast<void *>(host), dtype, std::move(shape));
+}
+
+// Some rows of a matrix, in the same memory.
+inline std::shared_ptr<Tensor> rowsOf(const std::shared_ptr<Tensor> &matrix, size_t first, size_t rows) {
+    if (!matrix) {
+        return nullptr;
+    }
+    const size_t cols = matrix->shape()[1];
+    return std::make_shared<Tensor>(matrix->data() + first * cols * sizeOf(matrix->dtype()), matrix->dtype(), std::vector<size_t>{rows, cols});
 }
 
 // The part of device idev of ndev in [ndev, rows, cols].
@@ -37,26 +60,17 @@ inline std::shared_ptr<Tensor> getInEmbd(const Qwen3Meta *meta, const Qwen3Weigh
     for (size_t i = 0; i < count; ++i) {
         fromFloat(toFloat(static_cast<const std::byte *>(weights->input_embd), weights->dt_mat, i) * meta->scale_input, scaled.data(), weights->dt_mat, i);
     }
-    Counters uncounted;
-    Context context;
-    context.counters = &uncounted;
-    DeviceBuffer buffer;
-    if (buffer.reserve(context, scaled.size(), "input_embd") != INFINI_STATUS_SUCCESS) {
-        return nullptr;
-    }
-    if (const infiniStatus_t status = infinirtMemcpy(buffer.data(), scaled.data(), scaled.size(), INFINIRT_MEMCPY_H2D); status != INFINI_STATUS_SUCCESS) {
-        fail(status, "infinirtMemcpy (input_embd)");
-        return nullptr;
-    }
-    return std::make_shared<Tensor>(std::move(buffer), weights->dt_mat, shape);
+    return copyToDevice(scaled.data(), weights->dt_mat, shape, "input_embd");
 }
 
 inline std::shared_ptr<Tensor> getOutNorm(const Qwen3Meta *meta, const Qwen3Weights *weights) {
     return toDevice(weights->output_norm, weights->dt_norm, {meta->d});
 }
 
-inline std::shared_ptr<Tensor> getOutEmbd(const Qwen3Meta *meta, const Qwen3Weights *weights) {
-    return toDevice(weights->output_embd, weights->dt_mat, {meta->dvoc, meta->d});
+// lm_head: all of it, or the rows of device idev of ndev.
+inline std::shared_ptr<Tensor> getOutEmbd(const Qwen3Meta *meta, const Qwen3Weights *weights, int idev = 0, int ndev = 1) {
+    const size_t rows = static_cast<size_t>(meta->dvoc) / static_cast<size_t>(ndev);
+    return toDevice(shardOf(weights->output_embd, weights->dt_mat, rows, meta->d, idev), weights->dt_mat, {rows, meta->d});
 }
 
 inline std::shared_ptr<Tensor> getAttnNorm(const Qwen3Meta *meta, const Qwen3Weights *weights, size_t layer) {
@@ -106,18 +120,7 @@ std::shared_ptr<Tensor> rotaryTable(const Qwen3Meta *meta, const float *inv_freq
             fromFloat(function(angle) * attention_factor, table.data(), meta->dt_logits, position * half + i);
         }
     }
-    Counters uncounted;
-    Context context;
-    context.counters = &uncounted;
-    DeviceBuffer buffer;
-    if (buffer.reserve(context, table.size(), "rotary table") != INFINI_STATUS_SUCCESS) {
-        return nullptr;
-    }
-    if (const infiniStatus_t status = infinirtMemcpy(buffer.data(), table.data(), table.size(), INFINIRT_MEMCPY_H2D); status != INFINI_STATUS_SUCCESS) {
-        fail(status, "infinirtMemcpy (rotary table)");
-        return nullptr;
-    }
-    return std::make_shared<Tensor>(std::move(buffer), meta->dt_logits, std::vector<size_t>{meta->dctx, half});
+    return copyToDevice(table.data(), meta->dt_logits, {meta->dctx, half}, "rotary table");
 }
 
 // The engine passes its compiled frequencies.
