@@ -23,15 +23,24 @@ from runtime import infinicpu
 SOURCE = Path(__file__).with_name("host_overhead.cpp")
 
 
-def compile_program(folder: Path, layers: int, kv: str, sanitize: str = "") -> Path:
-    """The measuring program of an engine; everything lies in ``folder``."""
+def compile_program(folder: Path, layers: int, kv: str, optimise: bool = True) -> Path:
+    """The measuring program of an engine; everything lies in ``folder``. Not optimised it compiles faster, for counting."""
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config_of("1.7B", layers)))
     sources = build_model(model=model, out=folder / "engine", kv=kv, config_only=True, emit_only=True)
-    root = infinicpu.build(sanitize=sanitize)
+    root = infinicpu.build()
     program = folder / "host_overhead"
-    command = [compiler(), "-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", f"-I{sources}", "-isystem"]
+    command = [
+        compiler(),
+        "-std=c++17",
+        "-O3" if optimise else "-O0",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{sources}",
+        "-isystem",
+    ]
     command += [f"{root}/include", str(SOURCE), str(sources / "qwen3.cpp"), "-o", str(program), f"-L{root}/lib"]
     command += [f"-Wl,-rpath,{root}/lib", "-linfiniop", "-linfinirt", "-linfiniccl", "-lpthread"]
     subprocess.run(command, check=True)

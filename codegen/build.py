@@ -170,7 +170,7 @@ def build_model(
         if model is not None
         else from_onnx(Path(onnx or ""), max_context)
     )
-    context = _context(max_context, source.max_context)
+    context = _context(max_context, source.max_context, record, dtype or source.dtype)
     say("running the passes")
     program = _lower(
         source,
@@ -211,7 +211,9 @@ def _record(target: str, infinicore: str, simulate: bool) -> tuple[Target, Mappi
     record = select(target, infinicore)
     if infinicore in ("embedded", "any"):
         return record, CALLS
-    installed = probe(headers(infinicore))
+    installed = probe(Path(infinicore))
+    if installed.embedded and target == "cpu":
+        return targets()["embedded"], installed.specs  # our own library, by its folder
     return narrow(record, installed), installed.specs
 
 
@@ -290,6 +292,7 @@ def emit(
         meta=manifests.meta(facts),
         library=None,
         ops=printed["symbols"],
+        collectives=printed["collective_functions"],
         files={name: manifests.digest(folder / name) for name in files},
         passes=program.graph.meta["passes"],
         legalised=program.graph.meta["legalised"],
@@ -305,16 +308,22 @@ def headers(infinicore: str) -> Path:
 
         return build()
     root = Path(infinicore)
-    if not (root / "include" / "infiniop.h").is_file():
+    if not (root / "lib" / "libinfiniop.so").is_file():
         raise BuildError(
-            f"--infinicore {infinicore}: there is no include/infiniop.h in it; expected an InfiniCore installation, embedded or any"
+            f"--infinicore {infinicore}: there is no lib/libinfiniop.so in it; expected an InfiniCore installation, embedded or any"
         )
+    if not (root / "include" / "infiniop.h").is_file():
+        from runtime.infinicpu import build
+
+        return build()  # libraries without headers: the C interface is the same
     return root
 
 
-def _context(wanted: int | None, most: int) -> int:
+def _context(wanted: int | None, most: int, record: Target, dtype: str) -> int:
+    """Tokens per request: what was asked for, else the model's own context, or as much of it as the target's softmax takes in one row."""
     if wanted is None:
-        return most
+        row = record.ops["causal_softmax"].max_row_bytes if "causal_softmax" in record.ops else None
+        return most if row is None else min(most, row // DTYPES[dtype].bytes)
     if not 1 <= wanted <= most:
         raise ConfigError(f"--max-context {wanted}: expected 1 to {most}, the model's own")
     return wanted

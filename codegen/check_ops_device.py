@@ -18,7 +18,7 @@ from runtime.structs import STATUS_NAMES, DataType
 H2D, D2H, D2D = 1, 2, 3  # infinirtMemcpyKind_t
 # Memory that nobody may touch, and results before they are written. In every floating-point type this is NaN, so that a kernel which reads what it must not
 # spoils its result as well.
-CANARY = np.array([0xA5, 0xFF], np.uint8)
+CANARY = 0xFFA5  # as a 16-bit number, little endian
 ALIGNMENT = 512  # bytes; an operand's own offset comes on top of it
 GUARD = 2 * ALIGNMENT  # bytes before and after an operand
 _SCALARS: dict[str, Any] = dict(algo=c_int, topk=c_int, alibi=c_void_p)  # others are floats
@@ -123,7 +123,7 @@ class Device:
 
 def canaries(size: int) -> np.ndarray:
     """``size`` bytes of the pattern."""
-    return np.resize(CANARY, size)
+    return np.full(-(-size // 2), CANARY, "<u2").view(np.uint8)[:size]
 
 
 class Region:
@@ -167,7 +167,7 @@ class Region:
 
     def put(self, values: np.ndarray | None, *, zeros: bool = False) -> None:
         """New contents: these values (None: not written yet), and canaries (or zeros) everywhere else."""
-        self.image[...] = 0 if zeros else canaries(self.image.nbytes)
+        self.image.view("<u2")[...] = 0 if zeros else CANARY
         if values is not None and self.tensor.span:
             self.view(self.image)[...] = values
         self.device.upload(self._base, self.image)

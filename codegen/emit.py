@@ -64,6 +64,9 @@ class Emitter:
         step = "const StepShape &shape, const Shard &shard, "
         step += "uint32_t pool_blocks, bool transposed" if self.paged else "bool transposed"
         local = STEP_LOCALS + (PAGED_LOCALS if self.paged else ())
+        refusal = target.refusal("random_sample", facts.dtype)
+        if refusal:
+            raise UnsupportedError(f"target {target.name}: {refusal}; the engine samples with it")
         self.step = PlanStruct("StepPlan", step, list(local))
         self.sample = PlanStruct("SamplePlan", "size_t vocabulary")
         self.sample.member(
@@ -421,6 +424,10 @@ class Emitter:
             paged=self.paged,
             collectives=self.collectives,
             gathered=self.gathered,
+            collective_functions=[
+                *(["CommInitAll", "CommDestroy", "AllReduce"] if self.collectives else []),
+                *(["AllGather"] if self.gathered else []),
+            ],
             capture=self.capture,
             unit_alpha=bool(self.graph.meta.get("gemm_alphas")),
             inner_multiple=self.graph.meta.get("inner_multiple", 1),

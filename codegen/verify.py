@@ -127,7 +127,7 @@ def verify(
     chosen = None if model is None else Path(model)
     reference_folder, engine_folder = _folders(build, sizes, chosen)
     prompts = make_prompts(sizes, build, chosen, text, tokens, steps)
-    infinicore.load(build.data)
+    infinicore.load(build.data, ndev=ndev)
     seconds: dict[str, float] = {}
 
     def timed(name: str, line: str) -> Callable[[], None]:

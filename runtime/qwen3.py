@@ -126,7 +126,7 @@ class Qwen3ForCausalLM:
         self.prefill_chunk = prefill_chunk
         meta = meta_from_manifest(self.build, max_tokens)
         library_path = self.build.library
-        infinicore.load(self.build.data)
+        infinicore.load(self.build.data, ndev=ndev, device_id=ids[0])
         # A build from ONNX may keep its weights elsewhere than where the tokenizer lies.
         weights = Qwen3WeightsImpl.from_manifest(self.build, self.build.weights_folder(folder), ndev, check_weights)
         self.weight_bytes, self.weight_bytes_per_token = weights.nbytes, weights.nbytes_per_token

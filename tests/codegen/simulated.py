@@ -115,6 +115,14 @@ def compare(s: Simulated) -> float:
     fresh, prompt = e.create_cache(0), s.tokens(19, 9)
     logits = e.forward([*prompt, 5], [19, 1], [0, len(ids[0])], [fresh, caches[0]])
     check(logits, np.stack([s.expected(prompt)[-1], s.expected(np.append(ids[0], 5))[-1]]), "decode beside a prompt")
-    for cache in [*caches, fresh]:
+    # A prompt that needs more scratch memory than anything before it: what was captured points to memory that is gone.
+    ids[0] = np.append(ids[0], 5)
+    long, large = s.tokens(150, 10), e.create_cache(0)
+    check(e.forward(long, [150], [0], [large]), s.expected(long)[-1:], "long prompt")
+    new = [int(t) for t in s.tokens(3, 300)]
+    ids[:3] = [np.append(tokens, t) for tokens, t in zip(ids[:3], new)]
+    logits = e.forward(new, [1] * 3, [len(tokens) - 1 for tokens in ids[:3]], caches[:3])
+    check(logits, np.stack([s.expected(tokens)[-1] for tokens in ids[:3]]), "decode after a long prompt")
+    for cache in [*caches, fresh, large]:
         e.drop_cache(cache)
     return worst
