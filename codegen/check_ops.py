@@ -121,6 +121,8 @@ def check(device: Device, use: Use, *, seed: int = 0, clobbers: Sequence[str] = 
     try:
         _check(device, use.call, result, seed, set(clobbers))
     except InfiniCoreError as error:
+        if result.status == REFUSED:
+            return result  # what it refused is the cause
         result.status, result.status_code, result.reason = CRASHED, error.status, str(error)
     return result
 

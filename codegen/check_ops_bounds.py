@@ -29,8 +29,8 @@ from ir.types import DTYPES
 
 STEP = 2.0**-23
 TINY = 2.0**-126
-# A product of more multiplications than this is compared in some columns: the first, the last, and others between.
-GEMM_WORK = 1 << 28
+# A product of a larger matrix, or of more multiplications, is compared in some columns: the first, the last, and others between.
+GEMM_ELEMENTS, GEMM_WORK = 1 << 22, 1 << 28
 GEMM_COLUMNS = 512
 SCORES = 1 << 22  # of attention that exist at a time
 
@@ -107,7 +107,7 @@ def _gemm(b: _Bench) -> list[Expected]:
     left, right = b.case.inputs["i0"], b.case.inputs["i1"]
     columns = None
     count = right.shape[-1]
-    if left.size * count > GEMM_WORK and count > GEMM_COLUMNS:
+    if (right.size > GEMM_ELEMENTS or left.size * count > GEMM_WORK) and count > GEMM_COLUMNS:
         ends = GEMM_COLUMNS // 8
         between = np.random.default_rng(0).permutation(np.arange(ends, count - ends))[: GEMM_COLUMNS - 2 * ends]
         columns = np.sort(np.concatenate([np.arange(ends), between, np.arange(count - ends, count)]))

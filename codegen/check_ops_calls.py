@@ -215,6 +215,7 @@ class _Walk:
         for tokens, total in self.step.requests:
             which = "decode" if tokens == 1 else "prefill"
             own = dict(len=tokens, total=total, pos=total - tokens, cap=capacity(total, self.context))
+            own["ld"] = max(total, 2)  # the pitch of scores where rows of one element would look like columns
             self.nodes(node.attrs[which].nodes, which, {**symbols, **own})
 
     def add(self, node: Node, calls: Iterator[OpCall]) -> None:

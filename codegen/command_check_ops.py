@@ -16,12 +16,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from codegen.calls import CALLS
 from codegen.check_ops import OK, Result, status_text, summary
 from codegen.check_ops_bounds import WHY
 from codegen.check_ops_calls import Use, block_size_of, enumerate_calls, steps_of
 from codegen.check_ops_worker import Job, run_all
+from codegen.installed import probe
 from ir import text
-from ir.errors import BuildError, ConfigError, GraphError
+from ir.errors import BuildError, ConfigError, GraphError, Qwen3Error
 from passes.targets import select
 from runtime import infinicore
 from runtime.manifest import Build, read_build
@@ -138,8 +140,6 @@ def _share(name: str, value: int, ndev: int) -> int:
 
 def clobbers_of(build: Build) -> dict[str, tuple[str, ...]]:
     """The inputs that an op is known to destroy on the build's target, from its record."""
-    from codegen.calls import CALLS
-
     found = {}
     record = select(build.data["target"], build.data["infinicore"])
     for op, spec in CALLS.items():
@@ -176,13 +176,12 @@ def header(build: Build) -> dict[str, Any]:
 
 
 def probe_of(root: Path) -> dict[str, Any]:
-    """Which ops the installation has, and what is different in it."""
+    """Which ops the installation has, and what is different in it; whatever it cannot say is no reason not to run them."""
     try:
-        from codegen.installed import probe
-    except ImportError:
-        return {}
-    found = probe(root)
-    return dict(source=found.source, ops=sorted(found.ops), notes=dict(found.notes))
+        found = probe(root)
+    except Qwen3Error as error:
+        return dict(source="", ops=[], notes={}, error=str(error))
+    return dict(source=found.source, ops=sorted(found.ops), notes=dict(found.notes), error="")
 
 
 def _processor() -> str:
@@ -251,11 +250,11 @@ def _step_text(step: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} of {t}" for n, t in zip(step["tokens"], step["totals"])) + " tokens"
 
 
-def _probe_text(probe: Mapping[str, Any], ops: set[str]) -> str:
-    if not probe:
-        return "not looked at"
-    notes = "; ".join(f"{op}: {note}" for op, note in probe["notes"].items() if op in ops)
-    return f"{len(probe['ops'])} ops by its {probe['source']}" + (f"; {notes}" if notes else "")
+def _probe_text(found: Mapping[str, Any], ops: set[str]) -> str:
+    if found["error"]:
+        return found["error"]
+    notes = "; ".join(f"{op}: {note}" for op, note in found["notes"].items() if op in ops)
+    return f"{len(found['ops'])} ops by its {found['source']}" + (f"; {notes}" if notes else "")
 
 
 def _plain(value: Any) -> Any:

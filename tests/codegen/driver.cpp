@@ -3,7 +3,7 @@
 // Sizes come from getQwen3Meta(), weights are random. A ragged batch is compared with its requests alone; caches are duplicated, trimmed, overwritten, swapped and
 // left to the model; two models run in two threads, and two threads share one model. Prints the largest difference found and exits 0, or says what failed.
 //
-//   driver [rounds]
+//   driver [rounds [devices]]       devices that share each model
 //   driver overrun | leak     does what a sanitizer must find
 #include "qwen3_impl.hpp"
 
@@ -88,9 +88,11 @@ struct Request {
     Qwen3KVCache *cache;
 };
 
+int devices = 1;
+
 class Session {
 public:
-    Session(unsigned seed) : meta(*getQwen3Meta()), random(seed), _weights(meta, seed), model(createQwen3Model(&meta, _weights.get(), INFINI_DEVICE_CPU, 1, nullptr)) {
+    Session(unsigned seed) : meta(*getQwen3Meta()), random(seed), _weights(meta, seed), model(createQwen3Model(&meta, _weights.get(), INFINI_DEVICE_CPU, devices, nullptr)) {
         MUST(model != nullptr);
     }
     ~Session() { destroyQwen3Model(model); }
@@ -286,6 +288,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     const int rounds = std::atoi(mode.c_str());
+    devices = argc > 2 ? std::atoi(argv[2]) : 1;
     float worst = 0;
     {
         Session s(1);

@@ -70,9 +70,10 @@ def driver(build_engine: Builder):
     return make
 
 
-def run(program: Path, kind: str, rounds: int = 1) -> None:
+def run(program: Path, kind: str, rounds: int = 1, devices: int = 1) -> None:
     environment = {**os.environ, **SETTINGS, "INFINICPU_THREADS": str(KINDS[kind][1])}
-    done = subprocess.run([str(program), str(rounds)], env=environment, capture_output=True, text=True)
+    command = [str(program), str(rounds), str(devices)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[:6000]}"
     assert "largest difference" in done.stdout and not done.stderr, done.stderr[:6000]
 
@@ -86,6 +87,12 @@ def test_the_scenario_itself(driver) -> None:
 @pytest.mark.parametrize("kind, kv", [("address", "paged"), ("thread", "contiguous")])
 def test_under_sanitizers(driver, kind: str, kv: str) -> None:
     run(driver(kind, "two", dtype="f32", kv=kv), kind)
+
+
+@pytest.mark.parametrize("kind", ["thread", pytest.param("address", marks=pytest.mark.slow)])
+def test_several_devices_under_sanitizers(driver, kind: str) -> None:
+    """A thread per device, and two callers; the random weights are read as the shards of two devices."""
+    run(driver(kind, "wide", dtype="f32", kv="paged"), kind, 1, devices=2)
 
 
 @pytest.mark.parametrize(

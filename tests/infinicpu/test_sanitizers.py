@@ -1,4 +1,4 @@
-"""The C++ smoke and stress tests under the sanitizers. The first build of each takes a minute, later ones are incremental."""
+"""The C++ tests under the sanitizers. The first build of each takes a minute, later ones are incremental."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ OPTIONS = ["-DINFINICPU_ISAS=avx2"]
         ("address,undefined", "smoke", "portable"),
         ("thread", "stress", "avx2"),
         ("thread", "smoke", "avx2"),
+        ("address,undefined", "simulator", "avx2"),
+        ("thread", "simulator", "avx2"),
+        ("address,undefined", "collectives", "avx2"),
+        ("thread", "collectives", "avx2"),
     ],
 )
 def test_clean_under(sanitize: str, program: str, isa: str) -> None:

@@ -37,7 +37,7 @@ typedef enum {
 } infiniStatus_t;
 
 /**
- * Kinds of device. This library serves INFINI_DEVICE_CPU.
+ * Kinds of device. This library serves INFINI_DEVICE_CPU, and simulates the others: see infinicpu.h.
  */
 typedef enum {
     INFINI_DEVICE_CPU = 0,

@@ -36,4 +36,32 @@ __INFINI_C __export infiniStatus_t infinicpuSetTrace(int trace);
 /** The instruction set that was chosen: "portable", "avx2", "avx512" or "avx512_bf16". */
 __INFINI_C __export const char *infinicpuIsa(void);
 
+/**
+ * Simulates a type of device on the CPU, as a record says what it can do: other operators, dtypes, shapes and strides
+ * are refused at create, device memory is checked and poisoned, and streams run when somebody waits for them.
+ * NULL or "" forgets all records. The text has one line per fact, fields and list items without blanks:
+ *
+ *     device 3 ascend                      infiniDevice_t and name
+ *     graph_capture 1                      whether streams can be captured
+ *     uncertain_ok 1                       operators marked as uncertain may be used
+ *     collectives AllReduce CommInitAll
+ *     collective_dtypes f32 f16
+ *     op swiglu dtypes=f16,f32 ranks=2,3 last_multiple=8 graph_capture=1
+ *     op gemm dtypes=f16 row_major_output=1 alphas=1:0,1:1
+ *
+ * An op's fields: dtypes (required), index_dtypes, head_dims, ranks, last_multiple, row_major_output,
+ * single_batch_dtypes, alphas, unit_last_stride, packed_heads, contiguous, max_row_bytes, clobbers, uncertain and
+ * graph_capture (whether a captured call may be replayed; 0 when absent). Operands are counted in create's order.
+ *
+ * BAD_PARAM for a text that is wrong, and while memory of a device whose record would change is allocated; nothing
+ * changes then, and infinicpuSimulatorError says why. Not while calls are running.
+ */
+__INFINI_C __export infiniStatus_t infinicpuSimulate(const char *record);
+
+/**
+ * What a simulated device refused last, as one line ("ascend: swiglu: the last dimension 12 is no multiple of 8"); ""
+ * since the last infinicpuSimulate if nothing was. The string stays valid. stderr gets every line once.
+ */
+__INFINI_C __export const char *infinicpuSimulatorError(void);
+
 #endif // INFINICPU_INFINICPU_H_

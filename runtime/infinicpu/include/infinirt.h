@@ -3,7 +3,8 @@
 
 // Devices, memory, streams, events and graphs.
 //
-// On the CPU every stream runs in order and at once: when a call returns, its work is done.
+// On the CPU every stream runs in order and at once: when a call returns, its work is done. Simulated devices
+// (infinicpu.h) queue it until somebody synchronises; a failure is then that call's status.
 
 #include "infinicore.h"
 #include <stdint.h>
@@ -56,7 +57,7 @@ __INFINI_C __export infiniStatus_t infinirtInit(void);
 __INFINI_C __export infiniStatus_t infinirtGetAllDeviceCount(int *count_array);
 __INFINI_C __export infiniStatus_t infinirtGetDeviceCount(infiniDevice_t device, int *count);
 
-/** DEVICE_TYPE_NOT_SUPPORTED for another type than CPU, DEVICE_NOT_FOUND for an id beyond the count. */
+/** DEVICE_TYPE_NOT_SUPPORTED for a type that is neither CPU nor simulated, DEVICE_NOT_FOUND for an id beyond the count. */
 __INFINI_C __export infiniStatus_t infinirtSetDevice(infiniDevice_t device, int device_id);
 
 /** Either pointer may be NULL, not both. */
@@ -138,6 +139,9 @@ __INFINI_C __export infiniStatus_t infinirtMemset(void *ptr, int value, size_t c
 __INFINI_C __export infiniStatus_t infinirtMemsetAsync(void *ptr, int value, size_t count, infinirtStream_t stream);
 
 // ---- Graphs: capture a stream's calls once, replay them often. ----
+//
+// On the CPU, and on simulated devices whose record has none: DEVICE_TYPE_NOT_SUPPORTED. A replay has the pointers and
+// scalars of the capture. A call that is refused during a capture spoils it: its end is then BAD_PARAM.
 
 typedef enum {
     INFINIRT_STREAM_CAPTURE_MODE_GLOBAL = 0,

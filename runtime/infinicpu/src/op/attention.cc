@@ -119,8 +119,8 @@ infiniStatus_t infiniopCreateAttentionDescriptor(infiniopHandle_t handle, infini
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(Attention)
 
-infiniStatus_t infiniopAttention(infiniopAttentionDescriptor_t desc, void *workspace, size_t workspace_size, void *out, const void *q, const void *k, const void *v, void *k_cache, void *v_cache, void *) {
-    return launch<AttentionDescriptor>(desc, workspace, workspace_size, {out, q, k, v, k_cache, v_cache}, [=](const AttentionDescriptor &d) {
+infiniStatus_t infiniopAttention(infiniopAttentionDescriptor_t desc, void *workspace, size_t workspace_size, void *out, const void *q, const void *k, const void *v, void *k_cache, void *v_cache, void *stream) {
+    return launch<AttentionDescriptor>(desc, workspace, workspace_size, {out, q, k, v, k_cache, v_cache}, stream, [=](const AttentionDescriptor &d) {
         return compute(d, out, q, k, v, k_cache, v_cache);
     });
 }

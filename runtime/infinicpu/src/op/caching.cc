@@ -67,8 +67,8 @@ infiniStatus_t infiniopCreatePagedCachingDescriptor(infiniopHandle_t handle, inf
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(PagedCaching)
 
-infiniStatus_t infiniopPagedCaching(infiniopPagedCachingDescriptor_t desc, void *workspace, size_t workspace_size, void *k_cache, void *v_cache, const void *k, const void *v, const void *slot_mapping, void *) {
-    return launch<PagedCachingDescriptor>(desc, workspace, workspace_size, {k_cache, v_cache, k, v, slot_mapping}, [=](const PagedCachingDescriptor &d) {
+infiniStatus_t infiniopPagedCaching(infiniopPagedCachingDescriptor_t desc, void *workspace, size_t workspace_size, void *k_cache, void *v_cache, const void *k, const void *v, const void *slot_mapping, void *stream) {
+    return launch<PagedCachingDescriptor>(desc, workspace, workspace_size, {k_cache, v_cache, k, v, slot_mapping}, stream, [=](const PagedCachingDescriptor &d) {
         const int64_t *slots = static_cast<const int64_t *>(slot_mapping);
         for (size_t i = 0; i < d.tokens; ++i) {
             INFINICPU_REQUIRE(slots[i] < 0 || uint64_t(slots[i]) / d.block_size < d.blocks, INFINI_STATUS_BAD_PARAM);
@@ -122,8 +122,8 @@ infiniStatus_t infiniopCreateKVCachingDescriptor(infiniopHandle_t handle, infini
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(KVCaching)
 
-infiniStatus_t infiniopKVCaching(infiniopKVCachingDescriptor_t desc, void *workspace, size_t workspace_size, void *k_cache, void *v_cache, const void *k, const void *v, const void *past_kv_lengths, void *) {
-    return launch<KVCachingDescriptor>(desc, workspace, workspace_size, {k_cache, v_cache, k, v, past_kv_lengths}, [=](const KVCachingDescriptor &d) {
+infiniStatus_t infiniopKVCaching(infiniopKVCachingDescriptor_t desc, void *workspace, size_t workspace_size, void *k_cache, void *v_cache, const void *k, const void *v, const void *past_kv_lengths, void *stream) {
+    return launch<KVCachingDescriptor>(desc, workspace, workspace_size, {k_cache, v_cache, k, v, past_kv_lengths}, stream, [=](const KVCachingDescriptor &d) {
         const infiniDtype_t index_dtype = d.operands[4].dtype;
         for (size_t i = 0; i < d.batch; ++i) {
             const int64_t past = readInteger(past_kv_lengths, index_dtype, ptrdiff_t(i));

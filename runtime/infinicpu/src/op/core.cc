@@ -2,6 +2,7 @@
 
 #include "../kernels/kernels.h"
 #include "../rt/memory_counters.h"
+#include "../sim/record.h"
 #include "launch.h"
 #include "thread_pool.h"
 
@@ -54,12 +55,6 @@ bool environmentFlag(const char *name) {
     return text != nullptr && *text != '\0' && std::strcmp(text, "0") != 0;
 }
 
-const char *dtypeName(infiniDtype_t dtype) {
-    static const char *const NAMES[] = {"invalid", "byte", "bool", "i8", "i16", "i32", "i64", "u8", "u16", "u32",
-                                        "u64", "f8", "f16", "f32", "f64", "c16", "c32", "c64", "c128", "bf16"};
-    return dtype >= 0 && dtype <= INFINI_DTYPE_BF16 ? NAMES[dtype] : "?";
-}
-
 } // namespace
 
 Switches &switches() {
@@ -94,7 +89,7 @@ void traceCall(const InfiniopDescriptor &desc, infiniStatus_t status) {
     std::string line = *desc.kind;
     for (const TensorDescriptor &tensor : desc.operands) {
         line += ' ';
-        line += tensor.present ? dtypeName(tensor.dtype) : "none";
+        line += tensor.present ? infinirt_cpu::dtypeName(tensor.dtype) : "none";
         line += '[';
         for (size_t i = 0; i < tensor.ndim(); ++i) {
             line += (i == 0 ? "" : ",") + std::to_string(tensor.shape[i]);
@@ -124,6 +119,9 @@ infiniStatus_t workspaceSize(const InfiniopDescriptor *desc, size_t *size) {
 infiniStatus_t destroyOperator(InfiniopDescriptor *desc) {
     if (desc != nullptr) {
         counts().operators_destroyed.fetch_add(1, std::memory_order_relaxed);
+        if (desc->simulated != nullptr) {
+            return destroySimulated(desc);
+        }
         delete desc;
     }
     return INFINI_STATUS_SUCCESS;

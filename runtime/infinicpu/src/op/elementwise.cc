@@ -163,8 +163,8 @@ infiniStatus_t check(ElementwiseDescriptor &d, Function function, std::initializ
 }
 
 template <class Descriptor>
-infiniStatus_t run(InfiniopDescriptor *desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b) {
-    return launch<Descriptor>(desc, workspace, workspace_size, {c, a, b}, [=](const Descriptor &d) {
+infiniStatus_t run(InfiniopDescriptor *desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *stream) {
+    return launch<Descriptor>(desc, workspace, workspace_size, {c, a, b}, stream, [=](const Descriptor &d) {
         return compute(d, static_cast<char *>(c), static_cast<const char *>(a), static_cast<const char *>(b));
     });
 }
@@ -183,8 +183,8 @@ infiniStatus_t infiniopCreateAddDescriptor(infiniopHandle_t handle, infiniopAddD
     return createOperator<AddDescriptor>(handle, desc_ptr, {c, a, b}, [](AddDescriptor &d) { return check(d, Function::ADD, {FLOAT_DTYPES, INFINI_DTYPE_I32, INFINI_DTYPE_I64}); });
 }
 INFINICPU_DEFINE_WORKSPACE_SIZE(Add)
-infiniStatus_t infiniopAdd(infiniopAddDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *) {
-    return run<AddDescriptor>(desc, workspace, workspace_size, c, a, b);
+infiniStatus_t infiniopAdd(infiniopAddDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *stream) {
+    return run<AddDescriptor>(desc, workspace, workspace_size, c, a, b, stream);
 }
 INFINICPU_DEFINE_DESTROY(Add)
 
@@ -192,8 +192,8 @@ infiniStatus_t infiniopCreateMulDescriptor(infiniopHandle_t handle, infiniopMulD
     return createOperator<MulDescriptor>(handle, desc_ptr, {c, a, b}, [](MulDescriptor &d) { return check(d, Function::MUL, {FLOAT_DTYPES}); });
 }
 INFINICPU_DEFINE_WORKSPACE_SIZE(Mul)
-infiniStatus_t infiniopMul(infiniopMulDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *) {
-    return run<MulDescriptor>(desc, workspace, workspace_size, c, a, b);
+infiniStatus_t infiniopMul(infiniopMulDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *stream) {
+    return run<MulDescriptor>(desc, workspace, workspace_size, c, a, b, stream);
 }
 INFINICPU_DEFINE_DESTROY(Mul)
 
@@ -201,8 +201,8 @@ infiniStatus_t infiniopCreateSiluDescriptor(infiniopHandle_t handle, infiniopSil
     return createOperator<SiluDescriptor>(handle, desc_ptr, {output, input}, [](SiluDescriptor &d) { return check(d, Function::SILU, {FLOAT_DTYPES}); });
 }
 INFINICPU_DEFINE_WORKSPACE_SIZE(Silu)
-infiniStatus_t infiniopSilu(infiniopSiluDescriptor_t desc, void *workspace, size_t workspace_size, void *output, const void *input, void *) {
-    return launch<SiluDescriptor>(desc, workspace, workspace_size, {output, input}, [=](const SiluDescriptor &d) {
+infiniStatus_t infiniopSilu(infiniopSiluDescriptor_t desc, void *workspace, size_t workspace_size, void *output, const void *input, void *stream) {
+    return launch<SiluDescriptor>(desc, workspace, workspace_size, {output, input}, stream, [=](const SiluDescriptor &d) {
         return compute(d, static_cast<char *>(output), static_cast<const char *>(input), static_cast<const char *>(input));
     });
 }
@@ -212,8 +212,8 @@ infiniStatus_t infiniopCreateSwiGLUDescriptor(infiniopHandle_t handle, infiniopS
     return createOperator<SwiGLUDescriptor>(handle, desc_ptr, {c_desc, a_desc, b_desc}, [](SwiGLUDescriptor &d) { return check(d, Function::SWIGLU, {FLOAT_DTYPES}); });
 }
 INFINICPU_DEFINE_WORKSPACE_SIZE(SwiGLU)
-infiniStatus_t infiniopSwiGLU(infiniopSwiGLUDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *) {
-    return run<SwiGLUDescriptor>(desc, workspace, workspace_size, c, a, b);
+infiniStatus_t infiniopSwiGLU(infiniopSwiGLUDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, void *stream) {
+    return run<SwiGLUDescriptor>(desc, workspace, workspace_size, c, a, b, stream);
 }
 INFINICPU_DEFINE_DESTROY(SwiGLU)
 
@@ -234,8 +234,8 @@ infiniStatus_t infiniopCreateSiluAndMulDescriptor(infiniopHandle_t handle, infin
     });
 }
 INFINICPU_DEFINE_WORKSPACE_SIZE(SiluAndMul)
-infiniStatus_t infiniopSiluAndMul(infiniopSiluAndMulDescriptor_t desc, void *workspace, size_t workspace_size, void *output, const void *input, void *) {
-    return launch<SiluAndMulDescriptor>(desc, workspace, workspace_size, {output, input}, [=](const SiluAndMulDescriptor &d) {
+infiniStatus_t infiniopSiluAndMul(infiniopSiluAndMulDescriptor_t desc, void *workspace, size_t workspace_size, void *output, const void *input, void *stream) {
+    return launch<SiluAndMulDescriptor>(desc, workspace, workspace_size, {output, input}, stream, [=](const SiluAndMulDescriptor &d) {
         const size_t bytes = d.dim * sizeOf(d.dtype);
         parallelFor(0, d.rows, d.dim == 0 ? 1 : std::max<size_t>(1, PIECE_ELEMENTS / d.dim), [&](size_t from, size_t to) {
             for (size_t row = from; row < to; ++row) {

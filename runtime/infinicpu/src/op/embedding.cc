@@ -1,3 +1,4 @@
+#include "../sim/memory.h"
 #include "launch.h"
 #include "thread_pool.h"
 
@@ -14,6 +15,7 @@ constexpr size_t PIECE_BYTES = 64 << 10;
 
 struct EmbeddingDescriptor final : InfiniopDescriptor {
     static constexpr const char *KIND = "embedding";
+    static constexpr bool TAKES_WORKSPACE = false;
     infiniDtype_t index_dtype;
     size_t count, table_rows, row_bytes;
 };
@@ -37,19 +39,29 @@ infiniStatus_t infiniopCreateEmbeddingDescriptor(infiniopHandle_t handle, infini
     });
 }
 
-infiniStatus_t infiniopEmbedding(infiniopEmbeddingDescriptor_t desc, void *output, const void *input, const void *weight, void *) {
-    return launch<EmbeddingDescriptor>(desc, nullptr, 0, {output, input, weight}, [=](const EmbeddingDescriptor &d) {
-        for (size_t i = 0; i < d.count; ++i) {
+infiniStatus_t infiniopEmbedding(infiniopEmbeddingDescriptor_t desc, void *output, const void *input, const void *weight, void *stream) {
+    return launch<EmbeddingDescriptor>(desc, nullptr, 0, {output, input, weight}, stream, [=](const EmbeddingDescriptor &d) {
+        const auto hasRow = [&](size_t i) {
             const int64_t index = readInteger(input, d.index_dtype, ptrdiff_t(i));
-            INFINICPU_REQUIRE(index >= 0 && uint64_t(index) < d.table_rows, INFINI_STATUS_BAD_PARAM);
+            return index >= 0 && uint64_t(index) < d.table_rows;
+        };
+        for (size_t i = 0; i < d.count; ++i) {
+            // Devices do not look: the row stays as it is, which here is made visible.
+            if (d.simulated != nullptr && !hasRow(i)) {
+                std::memset(static_cast<char *>(output) + i * d.row_bytes, infinirt_cpu::POISON, d.row_bytes);
+            } else {
+                INFINICPU_REQUIRE(hasRow(i), INFINI_STATUS_BAD_PARAM);
+            }
         }
         if (d.row_bytes == 0) {
             return INFINI_STATUS_SUCCESS;
         }
         parallelFor(0, d.count, std::max<size_t>(1, PIECE_BYTES / d.row_bytes), [&](size_t from, size_t to) {
             for (size_t i = from; i < to; ++i) {
-                const size_t index = size_t(readInteger(input, d.index_dtype, ptrdiff_t(i)));
-                std::memcpy(static_cast<char *>(output) + i * d.row_bytes, static_cast<const char *>(weight) + index * d.row_bytes, d.row_bytes);
+                if (hasRow(i)) {
+                    const size_t index = size_t(readInteger(input, d.index_dtype, ptrdiff_t(i)));
+                    std::memcpy(static_cast<char *>(output) + i * d.row_bytes, static_cast<const char *>(weight) + index * d.row_bytes, d.row_bytes);
+                }
             }
         });
         return INFINI_STATUS_SUCCESS;

@@ -222,8 +222,12 @@ infiniStatus_t infiniopCreateGemmDescriptor(infiniopHandle_t handle, infiniopGem
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(Gemm)
 
-infiniStatus_t infiniopGemm(infiniopGemmDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, float alpha, float beta, void *) {
-    return launch<GemmDescriptor>(desc, workspace, workspace_size, {c, a, b}, [=](const GemmDescriptor &d) {
+infiniStatus_t infiniopGemm(infiniopGemmDescriptor_t desc, void *workspace, size_t workspace_size, void *c, const void *a, const void *b, float alpha, float beta, void *stream) {
+    if (desc != nullptr && desc->simulated != nullptr) {
+        const infiniStatus_t status = checkScalars(*desc, alpha, beta);
+        INFINICPU_REQUIRE(status == INFINI_STATUS_SUCCESS, status);
+    }
+    return launch<GemmDescriptor>(desc, workspace, workspace_size, {c, a, b}, stream, [=](const GemmDescriptor &d) {
         const void *left = d.swapped ? b : a;
         const void *right = d.swapped ? a : b;
         return compute(d, static_cast<char *>(workspace), static_cast<char *>(c), static_cast<const char *>(left), static_cast<const char *>(right), alpha, beta);

@@ -1,6 +1,8 @@
 #ifndef INFINICPU_OP_LAUNCH_H_
 #define INFINICPU_OP_LAUNCH_H_
 
+#include "../rt/stream.h"
+#include "simulation.h"
 #include "tensor.h"
 
 #include <atomic>
@@ -8,8 +10,8 @@
 #include <new>
 
 // What every operator call has in common. Create goes through createOperator, every call through launch: checks,
-// counters, trace and the no-op switch live here, and so would capture (a launch's body owns all of its arguments by
-// value, so it can be stored and run again).
+// counters, trace, the no-op switch and the way to simulated devices live here. A launch's body owns all of its arguments
+// by value: a simulated device stores it and runs it later, and again in a replayed graph.
 
 namespace infinicpu {
 
@@ -62,7 +64,11 @@ infiniStatus_t createOperator(infiniopHandle_t handle, struct InfiniopDescriptor
         for (const OperandDesc &operand : operands) {
             made->operands.push_back(operand.desc != nullptr ? *operand.desc : absentTensor());
         }
-        status = check(*made);
+        if (infinirt_cpu::simulating.load(std::memory_order_relaxed) || handle->device != INFINI_DEVICE_CPU) {
+            status = simulateOperator(*made, Descriptor::TAKES_WORKSPACE, [&] { return check(*made); });
+        } else {
+            status = check(*made);
+        }
     } catch (const std::bad_alloc &) {
         status = INFINI_STATUS_INTERNAL_ERROR;
     }
@@ -78,7 +84,7 @@ infiniStatus_t createOperator(infiniopHandle_t handle, struct InfiniopDescriptor
 // The one way into a kernel. `data` are the operands' pointers in the order given at create: a NULL one is refused
 // unless the operand is absent or has no elements. body(descriptor) computes and returns a status.
 template <class Descriptor, class Body>
-infiniStatus_t launch(struct InfiniopDescriptor *desc, void *workspace, size_t workspace_size, std::initializer_list<const void *> data, Body &&body) {
+infiniStatus_t launch(struct InfiniopDescriptor *desc, void *workspace, size_t workspace_size, std::initializer_list<const void *> data, void *stream, Body &&body) {
     counts().calls.fetch_add(1, std::memory_order_relaxed);
     if (desc == nullptr) {
         return INFINI_STATUS_NULL_POINTER;
@@ -100,7 +106,11 @@ infiniStatus_t launch(struct InfiniopDescriptor *desc, void *workspace, size_t w
             ++i;
         }
     }
-    if (status == INFINI_STATUS_SUCCESS && !switches().noop.load(std::memory_order_relaxed)) {
+    const bool noop = switches().noop.load(std::memory_order_relaxed);
+    if (status == INFINI_STATUS_SUCCESS && desc->simulated != nullptr) {
+        const auto run = [body, noop](const InfiniopDescriptor &d) { return noop ? INFINI_STATUS_SUCCESS : body(static_cast<const Descriptor &>(d)); };
+        status = simulateCall(desc, {workspace, workspace_size, data, run}, stream);
+    } else if (status == INFINI_STATUS_SUCCESS && !noop) {
         status = body(static_cast<const Descriptor &>(*desc));
     }
     if (switches().trace.load(std::memory_order_relaxed)) {

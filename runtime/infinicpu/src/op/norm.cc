@@ -102,8 +102,8 @@ infiniStatus_t infiniopCreateRMSNormDescriptor(infiniopHandle_t handle, infiniop
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(RMSNorm)
 
-infiniStatus_t infiniopRMSNorm(infiniopRMSNormDescriptor_t desc, void *workspace, size_t workspace_size, void *y, const void *x, const void *w, void *) {
-    return launch<RMSNormDescriptor>(desc, workspace, workspace_size, {y, x, w}, [=](const RMSNormDescriptor &d) {
+infiniStatus_t infiniopRMSNorm(infiniopRMSNormDescriptor_t desc, void *workspace, size_t workspace_size, void *y, const void *x, const void *w, void *stream) {
+    return launch<RMSNormDescriptor>(desc, workspace, workspace_size, {y, x, w}, stream, [=](const RMSNormDescriptor &d) {
         const ptrdiff_t size = ptrdiff_t(sizeOf(d.activation));
         parallelFor(0, d.shape.rows, d.shape.grain(), [&](size_t from, size_t to) {
             for (size_t row = from; row < to; ++row) {
@@ -147,8 +147,8 @@ infiniStatus_t infiniopCreateAddRMSNormDescriptor(infiniopHandle_t handle, infin
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(AddRMSNorm)
 
-infiniStatus_t infiniopAddRMSNorm(infiniopAddRMSNormDescriptor_t desc, void *workspace, size_t workspace_size, void *y, void *residual_out, const void *a, const void *b, const void *weight, void *) {
-    return launch<AddRMSNormDescriptor>(desc, workspace, workspace_size, {y, residual_out, a, b, weight}, [=](const AddRMSNormDescriptor &d) {
+infiniStatus_t infiniopAddRMSNorm(infiniopAddRMSNormDescriptor_t desc, void *workspace, size_t workspace_size, void *y, void *residual_out, const void *a, const void *b, const void *weight, void *stream) {
+    return launch<AddRMSNormDescriptor>(desc, workspace, workspace_size, {y, residual_out, a, b, weight}, stream, [=](const AddRMSNormDescriptor &d) {
         const ptrdiff_t size = ptrdiff_t(sizeOf(d.activation));
         parallelFor(0, d.shape.rows, d.shape.grain(), [&](size_t from, size_t to) {
             for (size_t row = from; row < to; ++row) {

@@ -259,8 +259,8 @@ infiniStatus_t infiniopCreatePagedAttentionDescriptor(infiniopHandle_t handle, i
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(PagedAttention)
 
-infiniStatus_t infiniopPagedAttention(infiniopPagedAttentionDescriptor_t desc, void *workspace, size_t workspace_size, void *out, const void *q, const void *k_cache, const void *v_cache, const void *block_tables, const void *seq_lens, const void *alibi_slopes, void *) {
-    return launch<PagedAttentionDescriptor>(desc, workspace, workspace_size, {out, q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes}, [=](const PagedAttentionDescriptor &d) {
+infiniStatus_t infiniopPagedAttention(infiniopPagedAttentionDescriptor_t desc, void *workspace, size_t workspace_size, void *out, const void *q, const void *k_cache, const void *v_cache, const void *block_tables, const void *seq_lens, const void *alibi_slopes, void *stream) {
+    return launch<PagedAttentionDescriptor>(desc, workspace, workspace_size, {out, q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes}, stream, [=](const PagedAttentionDescriptor &d) {
         return decode(d, static_cast<float *>(workspace), {out, q, k_cache, v_cache, block_tables, seq_lens, d.operands[SEQ_LENS + 1].present ? static_cast<const float *>(alibi_slopes) : nullptr});
     });
 }
@@ -279,8 +279,8 @@ infiniStatus_t infiniopCreatePagedAttentionPrefillDescriptor(infiniopHandle_t ha
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(PagedAttentionPrefill)
 
-infiniStatus_t infiniopPagedAttentionPrefill(infiniopPagedAttentionPrefillDescriptor_t desc, void *workspace, size_t workspace_size, void *out, const void *q, const void *k_cache, const void *v_cache, const void *block_tables, const void *seq_lens, const void *cum_seq_lens_q, const void *alibi_slopes, void *) {
-    return launch<PagedAttentionPrefillDescriptor>(desc, workspace, workspace_size, {out, q, k_cache, v_cache, block_tables, seq_lens, cum_seq_lens_q, alibi_slopes}, [=](const PagedAttentionPrefillDescriptor &d) {
+infiniStatus_t infiniopPagedAttentionPrefill(infiniopPagedAttentionPrefillDescriptor_t desc, void *workspace, size_t workspace_size, void *out, const void *q, const void *k_cache, const void *v_cache, const void *block_tables, const void *seq_lens, const void *cum_seq_lens_q, const void *alibi_slopes, void *stream) {
+    return launch<PagedAttentionPrefillDescriptor>(desc, workspace, workspace_size, {out, q, k_cache, v_cache, block_tables, seq_lens, cum_seq_lens_q, alibi_slopes}, stream, [=](const PagedAttentionPrefillDescriptor &d) {
         return prefill(d, static_cast<uint64_t *>(workspace), {out, q, k_cache, v_cache, block_tables, seq_lens, d.operands[SEQ_LENS + 2].present ? static_cast<const float *>(alibi_slopes) : nullptr}, cum_seq_lens_q);
     });
 }

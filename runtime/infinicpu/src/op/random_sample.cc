@@ -205,8 +205,8 @@ infiniStatus_t infiniopCreateRandomSampleDescriptor(infiniopHandle_t handle, inf
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(RandomSample)
 
-infiniStatus_t infiniopRandomSample(infiniopRandomSampleDescriptor_t desc, void *workspace, size_t workspace_size, void *result, const void *probs, float random_val, float topp, int topk, float temperature, void *) {
-    return launch<RandomSampleDescriptor>(desc, workspace, workspace_size, {result, probs}, [=](const RandomSampleDescriptor &d) {
+infiniStatus_t infiniopRandomSample(infiniopRandomSampleDescriptor_t desc, void *workspace, size_t workspace_size, void *result, const void *probs, float random_val, float topp, int topk, float temperature, void *stream) {
+    return launch<RandomSampleDescriptor>(desc, workspace, workspace_size, {result, probs}, stream, [=](const RandomSampleDescriptor &d) {
         return sample(d, static_cast<char *>(workspace), result, probs, random_val, topp, topk, temperature);
     });
 }

@@ -14,6 +14,7 @@ constexpr size_t PIECE_BYTES = 64 << 10;
 
 struct RearrangeDescriptor final : InfiniopDescriptor {
     static constexpr const char *KIND = "rearrange";
+    static constexpr bool TAKES_WORKSPACE = false;
     StridedLoop<2> loop;
     size_t element_size;
 };
@@ -59,8 +60,8 @@ infiniStatus_t infiniopCreateRearrangeDescriptor(infiniopHandle_t handle, infini
     });
 }
 
-infiniStatus_t infiniopRearrange(infiniopRearrangeDescriptor_t desc, void *dst, const void *src, void *) {
-    return launch<RearrangeDescriptor>(desc, nullptr, 0, {dst, src}, [=](const RearrangeDescriptor &d) {
+infiniStatus_t infiniopRearrange(infiniopRearrangeDescriptor_t desc, void *dst, const void *src, void *stream) {
+    return launch<RearrangeDescriptor>(desc, nullptr, 0, {dst, src}, stream, [=](const RearrangeDescriptor &d) {
         if (d.operands[0].numel() == 0) {
             return INFINI_STATUS_SUCCESS;
         }

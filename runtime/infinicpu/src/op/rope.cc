@@ -74,8 +74,8 @@ infiniStatus_t infiniopCreateRoPEDescriptor(infiniopHandle_t handle, infiniopRoP
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(RoPE)
 
-infiniStatus_t infiniopRoPE(infiniopRoPEDescriptor_t desc, void *workspace, size_t workspace_size, void *y, const void *x, const void *pos_ids, const void *sin_table, const void *cos_table, void *) {
-    return launch<RoPEDescriptor>(desc, workspace, workspace_size, {y, x, pos_ids, sin_table, cos_table}, [=](const RoPEDescriptor &d) {
+infiniStatus_t infiniopRoPE(infiniopRoPEDescriptor_t desc, void *workspace, size_t workspace_size, void *y, const void *x, const void *pos_ids, const void *sin_table, const void *cos_table, void *stream) {
+    return launch<RoPEDescriptor>(desc, workspace, workspace_size, {y, x, pos_ids, sin_table, cos_table}, stream, [=](const RoPEDescriptor &d) {
         for (size_t i = 0; i < d.operands[2].numel(); ++i) {
             const int64_t position = readInteger(pos_ids, d.pos_dtype, ptrdiff_t(i));
             INFINICPU_REQUIRE(position >= 0 && uint64_t(position) < d.table_rows, INFINI_STATUS_BAD_PARAM);

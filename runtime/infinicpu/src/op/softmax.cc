@@ -46,8 +46,8 @@ infiniStatus_t infiniopCreateCausalSoftmaxDescriptor(infiniopHandle_t handle, in
 
 INFINICPU_DEFINE_WORKSPACE_SIZE(CausalSoftmax)
 
-infiniStatus_t infiniopCausalSoftmax(infiniopCausalSoftmaxDescriptor_t desc, void *workspace, size_t workspace_size, void *y, const void *x, void *) {
-    return launch<CausalSoftmaxDescriptor>(desc, workspace, workspace_size, {y, x}, [=](const CausalSoftmaxDescriptor &d) {
+infiniStatus_t infiniopCausalSoftmax(infiniopCausalSoftmaxDescriptor_t desc, void *workspace, size_t workspace_size, void *y, const void *x, void *stream) {
+    return launch<CausalSoftmaxDescriptor>(desc, workspace, workspace_size, {y, x}, stream, [=](const CausalSoftmaxDescriptor &d) {
         const ptrdiff_t size = ptrdiff_t(sizeOf(d.dtype));
         parallelFor(0, d.batch * d.seq, std::max<size_t>(1, PIECE_ELEMENTS / std::max<size_t>(1, d.total)), [&](size_t from, size_t to) {
             for (size_t i = from; i < to; ++i) {

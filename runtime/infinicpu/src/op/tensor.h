@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <vector>
 
 // The structs behind infiniop's opaque handles.
@@ -31,12 +32,20 @@ struct InfiniopTensorDescriptor {
     bool hasBroadcast() const;
 };
 
+namespace infinicpu {
+struct SimulatedOperator;
+}
+
 struct InfiniopDescriptor {
+    // Whether the op's call takes a workspace at all.
+    static constexpr bool TAKES_WORKSPACE = true;
+
     infiniDevice_t device_type = INFINI_DEVICE_CPU;
     int device_id = 0;
     const char *const *kind = nullptr; // &Derived::KIND: which operator this is, and its name
     std::vector<InfiniopTensorDescriptor> operands;
     size_t workspace_size = 0;
+    std::shared_ptr<infinicpu::SimulatedOperator> simulated; // on a simulated device: see simulation.h
 
     virtual ~InfiniopDescriptor() = default;
 };
