@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from codegen.__main__ import main
+from codegen.calls import CALLS
 from codegen.check_ops_calls import ROW_COPIES, Tensor, Use, enumerate_calls, steps_of
 from codegen.check_ops_device import Region
 from codegen.command_check_ops import uses_of
-from codegen.emit import CALLS
 from ir import text
 from ir.errors import ConfigError, run_cli
 from ir.types import DTYPES
@@ -28,7 +28,8 @@ from runtime import infinicpu
 from runtime.manifest import read_build
 from tests.codegen.engines import EXAMPLE, Builder
 
-FORMS = {"paged": {}, "contiguous": {"infinicore": "any"}}
+INSTALLED = os.environ.get("QWEN3_TEST_INFINI_ROOT", "")
+FORMS: dict[str, dict[str, Any]] = {"paged": {}, "contiguous": {"infinicore": "any"}}
 
 
 @pytest.fixture(scope="session")
@@ -288,9 +289,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(own / "lib" / name, root / "lib" / name)
     # Under another name, and without one function.
     real = (own / "lib" / "libinfiniop.so").read_bytes()
-    for name, other in ((b"libinfiniop.so", b"libinfiniqq.so"), (b"infiniopPagedAttention", b"infiniopPagedAttentiox")):
-        assert b"\0" + name + b"\0" in real
-        real = real.replace(b"\0" + name + b"\0", b"\0" + other + b"\0")
+    for old, new in ((b"libinfiniop.so", b"libinfiniqq.so"), (b"infiniopPagedAttention", b"infiniopPagedAttentiox")):
+        assert b"\0" + old + b"\0" in real
+        real = real.replace(b"\0" + old + b"\0", b"\0" + new + b"\0")
     (root / "lib" / "libinfiniqq.so").write_bytes(real)
     source = root / "shim.cc"
     source.write_text(SHIM)
@@ -354,6 +355,12 @@ def test_the_report_of_faults_for_people(shim, build):
     swiglu = next(line for line in lines[at:] if line.startswith("  swiglu: "))
     assert re.fullmatch(r"  swiglu: (\d+) of \1 WRONG: right if up and gate change places", swiglu)
     assert re.fullmatch(r"0 of \d+ operators ok, \d+ WRONG \(swiglu\), \d+ REFUSED \(rms_norm\)", lines[-1])
+
+
+@pytest.mark.skipif(not INSTALLED, reason="INFINI_ROOT is not set: no installed InfiniCore to run on")
+def test_an_installed_infinicore_is_ok_in_bf16(build):
+    done = command(build("contiguous", "bf16"), "--prompt-len", "3", root=Path(INSTALLED))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
 
 # --- simulated devices ----------------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ir.types import DTYPES
 from runtime.manifest import read_build
 from tests.codegen.engines import EXAMPLE, Builder
 
-FORMS: dict[str, dict[str, str]] = {"paged": {}, "contiguous": {"infinicore": "any"}}
+FORMS: dict[str, dict[str, Any]] = {"paged": {}, "contiguous": {"infinicore": "any"}}
 Mutant = Callable[[OpCall, Case], dict[str, np.ndarray]]
 
 

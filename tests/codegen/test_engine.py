@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,9 +35,21 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "paged-even-bf16": ("even", dict(kv="paged", dtype="bf16")),
     "paged-two-f16": ("two", dict(kv="paged", dtype="f16")),
 }
+# tests/codegen/test_real_infinicore.py runs this file on an installed InfiniCore as well: engines that were compiled for what is there.
+if INSTALLED := os.environ.get("QWEN3_TEST_EQUIVALENCE", ""):
+    CASES = {
+        f"installed-{model}-{dtype}": (model, dict(infinicore=INSTALLED, dtype=dtype))
+        for model, dtype in (("one", "f32"), ("two", "f32"), ("three", "f32"), ("wide", "f32"), ("even", "bf16"))
+    }
 F32 = [name for name in CASES if name.endswith("f32")]
-PAGED = [name for name in CASES if name.startswith("paged")]
-CONTIGUOUS = [name for name in CASES if not name.startswith("paged")]
+PAGED = [name for name, (_, options) in CASES.items() if options.get("kv") == "paged"]
+CONTIGUOUS = [name for name in CASES if name not in PAGED]
+
+
+def some(*names: str) -> list[str]:
+    """These cases; on an installed InfiniCore, its own in float32."""
+    return F32 if INSTALLED else list(names)
+
 
 # Lengths around the edges of blocks (16 tokens) and of vector registers.
 PROMPTS = (1, 2, 15, 16, 17, 33, 50)
@@ -186,7 +199,7 @@ def test_ragged_batches_equal_the_requests_alone(subject, name):
     assert relative_l2(step, after) <= s.bound
 
 
-@pytest.mark.parametrize("name", ["any-two-f32", "contiguous-four-f32", "paged-three-f32"])
+@pytest.mark.parametrize("name", some("any-two-f32", "contiguous-four-f32", "paged-three-f32"))
 def test_rows_choose_logits(subject, name):
     s = subject(name)
     a, b, c = s.tokens(9, 1), s.tokens(1, 2), s.tokens(5, 3)
@@ -204,7 +217,7 @@ def test_rows_choose_logits(subject, name):
     )  # the last of each request, also where the engine reorders requests
 
 
-@pytest.mark.parametrize("name", ["any-two-f32", "paged-wide-f32"])
+@pytest.mark.parametrize("name", some("any-two-f32", "paged-wide-f32"))
 def test_sampling_takes_the_likeliest_of_each_request(subject, name):
     s = subject(name)
     prompts = [s.tokens(n, seed=n) for n in (4, 1, 17, 2)]
@@ -252,6 +265,7 @@ def test_duplicates_diverge_and_the_original_stays(subject, name):
     assert [s.bytes_of(c) for c in copies] == again
 
 
+@pytest.mark.skipif(bool(INSTALLED), reason="about paged caches of the embedded library")
 def test_a_duplicate_shares_blocks_until_it_writes(subject):
     s = subject("paged-three-f32")
     original = s.filled(s.tokens(37))
@@ -317,6 +331,7 @@ def test_export_and_import(subject, name):
         s.engine.import_cache(other, 31, whole[:, :, :, 31:41])
 
 
+@pytest.mark.skipif(bool(INSTALLED), reason="about paged caches of the embedded library")
 def test_import_does_not_reach_a_duplicate(subject):
     s = subject("paged-even-bf16")
     cache = s.filled(s.tokens(30, 1))
@@ -332,6 +347,7 @@ def test_import_does_not_reach_a_duplicate(subject):
 # --- running out ----------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(bool(INSTALLED), reason="about paged caches of the embedded library")
 def test_an_exhausted_pool_changes_nothing(subject):
     s = subject("paged-three-f32")
     s.engine.set_pool_size(5 * 16)
@@ -362,6 +378,7 @@ def test_an_exhausted_pool_changes_nothing(subject):
         s.engine.set_pool_size(1000)
 
 
+@pytest.mark.skipif(bool(INSTALLED), reason="about paged caches of the embedded library")
 def test_the_last_holder_of_a_shared_block_needs_no_copy(subject):
     s = subject("paged-three-f32")
     s.engine.set_pool_size(3 * 16)
@@ -380,6 +397,7 @@ def test_the_last_holder_of_a_shared_block_needs_no_copy(subject):
     assert s.engine.pool_info()["free_blocks"] == 0
 
 
+@pytest.mark.skipif(bool(INSTALLED), reason="about paged caches of the embedded library")
 def test_a_cache_that_does_not_fit_is_out_of_memory_too(subject):
     s = subject("paged-three-f32")
     s.engine.set_pool_size(32)
@@ -402,7 +420,7 @@ def grown(engine: Engine, before: dict[str, int]) -> dict[str, int]:
     return {name: engine.counter(name) - before[name] for name in COUNTERS}
 
 
-@pytest.mark.parametrize("name", ["any-one-f32", "paged-three-f32"])
+@pytest.mark.parametrize("name", some("any-one-f32", "paged-three-f32"))
 def test_plans_beyond_the_limit_are_evicted(subject, name):
     s = subject(name)
     tokens = s.tokens(80)
@@ -457,4 +475,4 @@ def test_contiguous_descriptors_do_not_depend_on_the_number_of_layers(subject):
         created[name] = per_step["descriptors_created"]
     assert len(set(created.values())) == 1, created
     # The copies into the cache (keys and values are alike), scores, softmax, values.
-    assert created["any-one-f32"] <= 5
+    assert max(created.values()) <= 5

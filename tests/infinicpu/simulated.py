@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .lib import NO_WORKSPACE, SUCCESS, Spec, descriptor, library, runtime
+from .lib import F32, NO_WORKSPACE, SUCCESS, Spec, descriptor, library, runtime
 
 H2H, H2D, D2H, D2D = range(4)
 
@@ -147,3 +147,20 @@ def stream() -> Iterator[ctypes.c_void_p]:
 
 def synchronize(made: ctypes.c_void_p | None = None) -> int:
     return int(runtime().infinirtStreamSynchronize(made))
+
+
+@contextlib.contextmanager
+def event(flags: int = 0) -> Iterator[ctypes.c_void_p]:
+    made = ctypes.c_void_p()
+    assert runtime().infinirtEventCreateWithFlags(ctypes.byref(made), flags) == SUCCESS
+    yield made
+    assert runtime().infinirtEventDestroy(made) == SUCCESS
+
+
+def copy_async(to: object, source: object, size: int, kind: int, made: ctypes.c_void_p | None = None) -> int:
+    places = [p.address if isinstance(p, Memory) else p for p in (to, source)]
+    return int(runtime().infinirtMemcpyAsync(places[0], places[1], ctypes.c_size_t(size), kind, made))
+
+
+def values(*numbers: float) -> np.ndarray:
+    return np.array(numbers, F32)

@@ -57,8 +57,10 @@ Mark markOf(Event *event) {
     return {event->queue, event->position};
 }
 
-infiniStatus_t checkEvent(const Event *event, Device current, const char *what) {
-    return event->device == current ? INFINI_STATUS_SUCCESS : refuse(current, std::string(what) + ": the event is another device's");
+// Whoever waits for an event, or asks, must be of its type: of another one, the call goes to another library.
+infiniStatus_t checkType(const Event *event, const char *what) {
+    const Device current = currentDevice();
+    return event->device.type == current.type ? INFINI_STATUS_SUCCESS : refuse(current, std::string(what) + ": the event is another type of device's");
 }
 
 } // namespace
@@ -131,6 +133,10 @@ infiniStatus_t infinirtStreamWaitEvent(infinirtStream_t stream, infinirtEvent_t 
     if (mark.queue == nullptr) {
         return INFINI_STATUS_SUCCESS;
     }
+    const infiniStatus_t status = checkType(static_cast<Event *>(event), "infinirtStreamWaitEvent");
+    if (status != INFINI_STATUS_SUCCESS) {
+        return status;
+    }
     const auto wait = [mark] { return mark.queue->runUntil(mark.position); };
     return enqueue(stream, wait, "infinirtStreamWaitEvent", "infinirtStreamWaitEvent: not supported in a capture");
 }
@@ -165,10 +171,10 @@ infiniStatus_t infinirtEventRecord(infinirtEvent_t event, infinirtStream_t strea
         return INFINI_STATUS_SUCCESS;
     }
     SharedQueue queue;
-    infiniStatus_t status = checkEvent(self, current, "infinirtEventRecord");
-    if (status == INFINI_STATUS_SUCCESS) {
-        status = findQueue(stream, "infinirtEventRecord", &queue);
+    if (self->device != current) {
+        return refuse(current, "infinirtEventRecord: the event is another device's");
     }
+    infiniStatus_t status = findQueue(stream, "infinirtEventRecord", &queue);
     if (status != INFINI_STATUS_SUCCESS) {
         return status;
     }
@@ -193,6 +199,12 @@ infiniStatus_t infinirtEventQuery(infinirtEvent_t event, infinirtEventStatus_t *
         return INFINI_STATUS_NULL_POINTER;
     }
     const Mark mark = markOf(static_cast<Event *>(event));
+    if (mark.queue != nullptr) {
+        const infiniStatus_t status = checkType(static_cast<Event *>(event), "infinirtEventQuery");
+        if (status != INFINI_STATUS_SUCCESS) {
+            return status;
+        }
+    }
     *status_ptr = mark.queue == nullptr || mark.queue->isDone(mark.position) ? INFINIRT_EVENT_COMPLETE : INFINIRT_EVENT_NOT_READY;
     if (*status_ptr == INFINIRT_EVENT_NOT_READY) {
         mark.queue->runOne(); // who polls gets there
@@ -205,7 +217,11 @@ infiniStatus_t infinirtEventSynchronize(infinirtEvent_t event) {
         return INFINI_STATUS_NULL_POINTER;
     }
     const Mark mark = markOf(static_cast<Event *>(event));
-    return mark.queue != nullptr ? mark.queue->runUntil(mark.position) : INFINI_STATUS_SUCCESS;
+    if (mark.queue == nullptr) {
+        return INFINI_STATUS_SUCCESS;
+    }
+    const infiniStatus_t status = checkType(static_cast<Event *>(event), "infinirtEventSynchronize");
+    return status == INFINI_STATUS_SUCCESS ? mark.queue->runUntil(mark.position) : status;
 }
 
 infiniStatus_t infinirtEventDestroy(infinirtEvent_t event) {
