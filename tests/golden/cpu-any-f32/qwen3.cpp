@@ -852,6 +852,7 @@ struct Qwen3Model {
     std::map<const Qwen3KVCache *, std::unique_ptr<Qwen3KVCache>> caches;
 
     ~Qwen3Model() {
+        const int first = devices.empty() ? 0 : devices[0]->device_id;
         for (const auto &entry : caches) {
             qwen3::freeCache(devices, pool, *entry.second);
         }
@@ -859,6 +860,7 @@ struct Qwen3Model {
             qwen3::releaseDeviceResource(*device);
             device.reset();
         }
+        infinirtSetDevice(qwen3::DEVICE, first); // page-locked memory goes with the device that it was taken with
     }
 };
 

@@ -439,7 +439,7 @@ infiniStatus_t stageInputs(Staging &staging, const Batch &batch) {
         for (uint32_t t = 0; t < len; ++t, ++row) {
             in.tokens[row] = static_cast<int32_t>(batch.tokens[staging.first[r] + t]);
             in.positions[row] = static_cast<int32_t>(pos + t);
-            in.slots[row] = int64_t{cache.blocks[(pos + t) / BLOCK]} * BLOCK + (pos + t) % BLOCK;
+            in.slots[row] = static_cast<int64_t>(cache.blocks[(pos + t) / BLOCK]) * BLOCK + (pos + t) % BLOCK;
         }
         in.seq_lens[i] = static_cast<int32_t>(pos + len);
         for (uint32_t b = 0; b < shape.blocks; ++b) {
@@ -971,6 +971,7 @@ struct Qwen3Model {
     qwen3::Team team;
 
     ~Qwen3Model() {
+        const int first = devices.empty() ? 0 : devices[0]->device_id;
         for (const auto &entry : caches) {
             qwen3::freeCache(devices, pool, *entry.second);
         }
@@ -978,6 +979,7 @@ struct Qwen3Model {
             qwen3::releaseDeviceResource(*device);
             device.reset();
         }
+        infinirtSetDevice(qwen3::DEVICE, first); // page-locked memory goes with the device that it was taken with
     }
 };
 
