@@ -53,7 +53,7 @@ def nothing_left(folder: Path) -> bool:
         (("build", "--target", "cpu", "--model", "no/such/folder"), "no/such/folder"),
         (("build", "--target", "cpu", "--onnx", "no/such.onnx"), "no/such.onnx"),
         (("build", "--target", "cpu", "--model", TINY, "--quant", "int3"), "--quant int3"),
-        (("build", "--target", "cpu", "--model", TINY, "--simulate"), "--simulate"),
+        (("build", "--target", "cpu", "--model", TINY, "--simulate", "--infinicore", "any"), "--simulate"),
         (("build", "--target", "kunlun", "--model", TINY, "--kv", "paged"), "kunlun has no paged_caching"),
         (("build", "--target", "cpu", "--model", TINY, "--infinicore", "no/such/root"), "no/such/root"),
     ],
