@@ -23,7 +23,7 @@ from frontend.onnx_import import import_onnx
 from ir.errors import BuildError, ConfigError, GraphError, Qwen3Error
 from ir.graph import STAGES, Graph
 from ir.text import parse, to_text
-from ir.types import DTYPES
+from ir.types import DTYPES, bind
 from passes.lower import to_fused, to_model
 from passes.plan import plan_memory
 from passes.targets import TARGETS, Target, select, target_of
@@ -199,9 +199,14 @@ def _ir(found: Found, file: Path) -> None:
     found.legalised = [list(row) for row in graph.meta.get("legalised", ())]
     if graph.stage == "infini":
         found.memory = memory_summary(plan_memory(graph))
+    whole: dict[str, int] = graph.meta.get("shard", {})
+    first: dict[str, str] = {}
     for name, constant in graph.constants.items():
         type_ = constant.value.type
-        found.weights.append(_row(name, type_.dtype, [int(d) for d in type_.shape], "not known", []))  # type: ignore[arg-type]
+        data = repr(constant.data)  # a tied head of a model that devices share has a name of its own
+        shared = first.setdefault(data, name) if "Inline" not in data else name
+        shape = [bind(d, whole) for d in type_.shape]
+        found.weights.append(_row(name, type_.dtype, shape, "not known", [], "" if shared == name else shared))
 
 
 def _build(found: Found, build: Build, until: str | None) -> None:

@@ -187,6 +187,8 @@ def load(manifest: dict[str, Any], *, ndev: int = 1, device_id: int = 0) -> Prov
         check_collectives(provider, manifest, ndev)
         if manifest.get("simulate"):
             _simulate(provider, manifest)
+        elif int(manifest["device"]) in _simulated:
+            _stop_simulating(provider, manifest)
     canaries.check(provider.function, provider.root, manifest, device_id)
     return provider
 
@@ -206,6 +208,21 @@ def _simulate(provider: Provider, manifest: dict[str, Any]) -> None:
     library = next(handle for handle in provider.handles if hasattr(handle, SIMULATOR_SYMBOL))
     simulator.simulate(library, record)
     _simulated[device] = record
+
+
+def _stop_simulating(provider: Provider, manifest: dict[str, Any]) -> None:
+    """A build for the real device after one for the simulated: the records go, which takes that nobody uses them."""
+    from runtime.infinicpu import simulator
+
+    library = next(handle for handle in provider.handles if hasattr(handle, SIMULATOR_SYMBOL))
+    try:
+        simulator.simulate(library, None)
+    except InfiniCoreError:
+        raise UnsupportedError(
+            f"this process simulates {manifest['target']}, and simulated devices are in use: close their models first, "
+            "or use a process of its own"
+        ) from None
+    _simulated.clear()
 
 
 def _is_good_enough(manifest: dict[str, Any]) -> bool:

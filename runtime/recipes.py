@@ -311,9 +311,9 @@ def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.ndarray(shape, NUMPY_DTYPES[dtype], buffer=buffer)
 
 
-def pack(node: Node) -> np.ndarray:
-    """The node's value in a new contiguous array."""
-    out = allocate(node.shape, node.dtype)
+def pack(node: Node, out: np.ndarray | None = None) -> np.ndarray:
+    """The node's value in a contiguous array: ``out`` of its shape and dtype, or a new one."""
+    out = allocate(node.shape, node.dtype) if out is None else out
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is found, and named, by the scan
         _write(node, out)
     return out

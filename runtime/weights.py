@@ -18,6 +18,7 @@ from tqdm import tqdm
 from runtime import recipes
 from runtime.errors import CheckpointError, ConfigError
 from runtime.manifest import Build, check_fingerprint
+from runtime.packs import Pack
 from runtime.recipes import Leaf, Node
 from runtime.structs import (
     COMPUTE_DTYPES,
@@ -242,7 +243,8 @@ class Qwen3WeightsImpl(Qwen3WeightsCStruct):
         check_fingerprint(build, folder)  # last: a missing or short file has a better message of its own
         self = cls.__new__(cls)
         transposed = bool(spec["transpose_linear_weights"])
-        self._build(meta_from_manifest(build), nodes, spec["dt_norm"], spec["dt_mat"], transposed, ndev, check)
+        sizes = (spec["dt_norm"], spec["dt_mat"], transposed, ndev)
+        self._build(meta_from_manifest(build), nodes, *sizes, check, identity=[spec, ndev])
         return self
 
     def _build(
@@ -254,6 +256,7 @@ class Qwen3WeightsImpl(Qwen3WeightsCStruct):
         transposed: bool,
         ndev: int,
         check: bool,
+        identity: Any = None,
     ) -> None:
         if ndev > 1:
             _shard_all(nodes, meta, ndev, transposed)
@@ -262,7 +265,7 @@ class Qwen3WeightsImpl(Qwen3WeightsCStruct):
             for node in nodes[name] if isinstance(nodes[name], list) else [nodes[name]]:
                 if node is not None:
                     unique[id(node)] = node
-        self._memory = _materialise(list(unique.values()), check)
+        self._memory = _materialise(list(unique.values()), check, identity)
         arrays = dict(zip(unique, self._memory))
         pointers: dict[str, Any] = {name: arrays[id(nodes[name])].ctypes.data for name in SINGLE_WEIGHTS}
         for name in LAYER_WEIGHTS:
@@ -282,17 +285,32 @@ class Qwen3WeightsImpl(Qwen3WeightsCStruct):
         )
 
 
-def _materialise(nodes: list[Node], check: bool) -> list[np.ndarray]:
-    """Each node as an array, in parallel; warns about NaN and infinity and shows progress on a terminal."""
+def _materialise(nodes: list[Node], check: bool, identity: Any) -> list[np.ndarray]:
+    """Each node as an array, in parallel; warns about NaN and infinity and shows progress on a terminal.
+
+    With an ``identity`` (see runtime.packs), what has to be packed is kept for later loads, and so is what was found in the weights.
+    """
+    views = [recipes.view(node) for node in nodes]
+    packed = [i for i, array in enumerate(views) if array is None]
+    pack = None if identity is None else Pack(identity, [nodes[i] for i in packed], nodes)
+    found = pack is not None and pack.worthwhile and pack.find()
+    started = pack is not None and pack.worthwhile and not found and pack.start()
+    if found or started:
+        assert pack is not None
+        memory = {i: pack.array(n) for n, i in enumerate(packed)}
+    else:
+        memory = {}
+    remark = pack.remark if pack is not None and found else None
+    wanted, check = check, check and remark is None
     total = sum(recipes.nbytes_of(node) for node in nodes)
-    quiet = True if total < _PROGRESS_FROM_BYTES else None  # None: quiet unless stderr is a terminal
+    quiet = True if total < _PROGRESS_FROM_BYTES or (found and not check) else None  # None: quiet unless on a terminal
     suspects: list[str] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=quiet, leave=False) as bar:
 
-        def make(node: Node) -> np.ndarray:
-            array = recipes.view(node)
+        def make(i: int) -> np.ndarray:
+            node, array = nodes[i], views[i]
             if array is None:
-                array = recipes.pack(node)
+                array = memory[i] if found else recipes.pack(node, memory.get(i))
             if check and recipes.has_nonfinite(array, node.dtype):
                 bad = [leaf.name for leaf in recipes.leaves(node) if recipes.has_nonfinite(leaf.array(), leaf.dtype)]
                 # Finite in the file, not so after conversion: float16 ends at 65504.
@@ -300,11 +318,20 @@ def _materialise(nodes: list[Node], check: bool) -> list[np.ndarray]:
             bar.update(array.nbytes)
             return array
 
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            arrays = list(pool.map(make, nodes))
-    if suspects:
+        try:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                arrays = list(pool.map(make, range(len(nodes))))
+        except BaseException:
+            if pack is not None:
+                pack.abandon()
+            raise
+    if check:
         more = f", and {len(suspects) - 1} other weights" if len(suspects) > 1 else ""
-        print(f"warning: weight {min(suspects)}{more} has NaN or infinite values", file=sys.stderr)
+        remark = f"warning: weight {min(suspects)}{more} has NaN or infinite values" if suspects else ""
+    if started and pack is not None:
+        pack.finish(remark)
+    if remark and wanted:
+        print(remark, file=sys.stderr)
     return arrays
 
 

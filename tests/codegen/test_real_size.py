@@ -54,8 +54,9 @@ def test_32b_configuration_exports_and_builds(tmp_path):
     assert (manifest["meta"]["nlayer"], manifest["meta"]["d"], manifest["meta"]["di"]) == (64, 5120, 25600)
     assert manifest["weights"]["attn_qkv"][63]["concat"][0]["offset"] is None
     assert (out / "libqwen3.so").is_file()
-    # Sixty-four layers are one loop: the source is as short as that of a small model.
-    assert len((out / "qwen3.cpp").read_text().splitlines()) < 1200
+    # Sixty-four layers are one loop: the source is as short as that of a small model, but for the frequencies of larger heads.
+    small = Path(__file__).parents[1] / "golden" / "cpu-embedded-bf16" / "qwen3.cpp"
+    assert len((out / "qwen3.cpp").read_text().splitlines()) <= len(small.read_text().splitlines()) + 16
 
 
 @pytest.mark.slow

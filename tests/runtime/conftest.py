@@ -28,7 +28,7 @@ def fake_build(fake_library: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def no_infinicore(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake engine needs no InfiniCore."""
-    monkeypatch.setattr(infinicore, "load", lambda manifest: None)
+    monkeypatch.setattr(infinicore, "load", lambda manifest, **_: None)
 
 
 @pytest.fixture
