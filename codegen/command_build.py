@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     meta = manifest["meta"]
     print(
-        f"{out}: {meta['nlayer']} layers in {manifest['dtype']}, {manifest['kv']['form']} KV cache, {len(manifest['ops'])} InfiniCore functions, {time.monotonic() - started:.1f} s"
+        f"{out}: {meta['nlayer']} layers in {manifest['dtype']}, {manifest['kv']['form']} KV cache, context {meta['dctx']}, {len(manifest['ops'])} InfiniCore functions, {time.monotonic() - started:.1f} s"
     )
     for line in next_steps(out, manifest):
         print(line)

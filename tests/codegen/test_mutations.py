@@ -94,9 +94,9 @@ def test_a_wrong_block_table_is_caught(check):
 
 
 def test_a_stale_graph_input_is_caught(check):
-    """Inputs that do not reach the captured graph: it is replayed with those of the step before."""
+    """Inputs that do not reach the captured graph: it is replayed with those of the step before, or with memory that nobody wrote."""
     old = "    QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), staging.inputs.data()"
-    with pytest.raises(AssertionError, match="decode step"):
+    with pytest.raises((AssertionError, InfiniCoreError)):
         check(PAGED, old, "    if (!rsrc.plan->captured.exec)\n    " + old)
 
 
