@@ -53,7 +53,7 @@ _EXAMPLES = """examples:
 """
 
 _WINDOW, _SAMPLES, _SEED = 512, 1000, 1  # the seed is the one that the trainer evaluates with
-_LOGITS_BYTES = 128 << 20  # at most this much of float32 logits per model at a time
+_LOGITS_BYTES = 64 << 20  # at most this much of float32 logits per model at a time
 _SLICE_ELEMENTS = 1 << 20  # and so many of them in float64, so that these stay in the caches
 _BATCH = 32  # questions at once
 _MORE_TOKENS = 8  # than the right answer has: room for an answer that is wrong by being too long

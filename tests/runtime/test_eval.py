@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,8 +368,8 @@ def test_a_compiled_model_by_its_definition(random_model: Path, builds: Any) -> 
             own += list(reference_logits(config, weights, ids[start : stop - 1])[first - 1 - start :])
             theirs += list(rounded.forward([ids[start : stop - 1]])[0][first - 1 - start :])
     expected = by_definition(own, theirs, ids[1:])
-    # Logits have size 1 and are right to 1e-5 (float32, two layers), so every log-probability is right to a few 1e-5,
-    # and a divergence, which is about the square of bf16's 1e-2, to 1e-2 * 1e-5 = 1e-7.
+    # Logits have size 1 and are right to 1e-5 (float32, two layers), so every log-probability is right to a few 1e-5
+    # (bound 1e-4), and a divergence, which is about the square of bf16's 1e-2, to a few 1e-2 * 1e-5 (bound 1e-6).
     for name in ("perplexity", "reference_perplexity", "perplexity_ratio"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     for name in ("kl_mean", "kl_p99", "kl_max"):
@@ -398,9 +400,35 @@ def test_precision_shows(random_model: Path, builds: Any, tmp_path: Path, capsys
     assert infinicore.is_embedded()
 
 
+def test_the_reference_uses_the_processs_infinicore(open_fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another InfiniCore than the embedded one is loaded, the reference is built for that, on the same devices."""
+    args = argparse.Namespace(
+        model=None, build="x", device=None, dtype=None, quant="none", threads=3, max_tokens=50, ndev=2, dev_ids="1,3",
+        reference_build=None,
+    )  # fmt: skip
+    model = open_fake()
+    common = dict(threads=3, max_tokens=50, check_weights=False)
+    checkpoint = dict(model_dir_path=model.build.checkpoint_folder, dtype="f32")
+    monkeypatch.delenv("INFINI_ROOT", raising=False)
+    monkeypatch.setattr(infinicore, "is_embedded", lambda: True)
+    assert evaluation._reference_arguments(args, model) == {**common, **checkpoint, "device": 0}
+    assert "INFINI_ROOT" not in os.environ
+    monkeypatch.setattr(infinicore, "is_embedded", lambda: False)
+    monkeypatch.setattr(infinicore, "description", lambda: {"infinicore": "/opt/infini"})
+    monkeypatch.setattr(os, "environ", environment := dict(os.environ))
+    assert evaluation._reference_arguments(args, model) == {
+        **common, **checkpoint, "device": 0, "ndev": 2, "dev_ids": [1, 3]
+    }  # fmt: skip
+    assert environment["INFINI_ROOT"] == "/opt/infini"
+    args.reference_build = "other"
+    assert evaluation._reference_arguments(args, model) == {**common, "build": "other"}
+
+
 def test_the_example_adds(builds: Any) -> None:
     with Qwen3ForCausalLM(EXAMPLE) as model:
         found = evaluate_task(model, "additions", 40)
         # 3999 of the trainer's 4000 are right, and these are the first forty of them.
         assert (found["questions"], found["right"], found["accuracy"], found["wrong"]) == (40, 40, 1.0, [])
         assert evaluate_task(model, "carry-chains", 10)["right"] == 10
+        # The text that lies beside it, as in the documentation.
+        assert len(evaluation.text_tokens(model, (EXAMPLE.parent / "eval_text.txt").read_text("utf-8"))) == 1122
