@@ -429,6 +429,7 @@ class Emitter:
                 *(["AllGather"] if self.gathered else []),
             ],
             capture=self.capture,
+            capture_collectives=self.captures_collectives(),
             unit_alpha=bool(self.graph.meta.get("gemm_alphas")),
             inner_multiple=self.graph.meta.get("inner_multiple", 1),
             host_memory=self.target.host_memory,
@@ -449,6 +450,12 @@ class Emitter:
             logits=self.pointer(logits, self.graph.outputs[0], "main"),
             symbols=sorted({s for spec in specs.values() for s in calls.symbols(spec)}),
             specs=specs,
+        )
+
+    def captures_collectives(self) -> bool:
+        """Whether a captured step may hold collectives: where that is not known, several devices run their steps as calls."""
+        return bool(self.target.collective_capture) and (
+            not self.gathered or self.target.ops["rearrange"].graph_capture is True
         )
 
     def attention_factor(self) -> float:

@@ -119,6 +119,7 @@ def _load_all() -> None:
     import ir.ops_infini  # noqa: F401
     import ir.ops_model  # noqa: F401
     import ir.ops_onnx  # noqa: F401
+    import ir.ops_views  # noqa: F401
 
 
 def results(value: Any) -> list[np.ndarray]:

@@ -118,6 +118,7 @@ class Target:
         graph_capture: streams can be captured and replayed.
         collectives: the functions of infiniccl that work.
         collective_dtypes: what they take; empty: no limit is known.
+        collective_capture: captured collectives may be replayed; not known counts as no.
         block_size: tokens per block of a paged KV cache.
         host_memory: device memory is host memory, so weights are used where they are mapped.
     """
@@ -128,6 +129,7 @@ class Target:
     graph_capture: bool
     collectives: tuple[str, ...]
     collective_dtypes: tuple[str, ...] = ()
+    collective_capture: bool = False
     block_size: int = 16
     notes: tuple[str, ...] = ()
 
@@ -295,6 +297,7 @@ _RECORD: _Keys = {
     "graph_capture": _BOOL,
     "collectives": (_list_of(_one_of(COLLECTIVES)), "a list of " + ", ".join(COLLECTIVES)),
     "collective_dtypes": _DTYPES,
+    "collective_capture": _BOOL,
     "block_size": _SIZE,
     "notes": _NOTES,
     "ops": (lambda v: isinstance(v, Mapping), "an object with an op per key"),

@@ -164,6 +164,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with Qwen3ForCausalLM(**model_arguments(args), prefill_chunk=args.prefill_chunk) as model:
         _fit_lengths(args, model.max_context_len())
         _make_room(model, args)
+        model.engine.set_capture(not args.no_capture)
         wall_s = time.perf_counter() - started
         about = infinicore.description()
         threads = int(about.get("threads") or args.threads or 1)
@@ -198,6 +199,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "gen_len": args.gen_len,
             "batch": args.batch,
             "repeat": args.repeat,
+            "captured_steps": model.engine.counter("graphs_replayed") > 0,
             "prefill_chunk": args.prefill_chunk,
             "weight_bytes": model.weight_bytes,
             "build_and_load_s": round(wall_s, 4),
@@ -259,6 +261,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds (default: 5)")
     parser.add_argument(
         "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens per engine call (default: 512)"
+    )
+    parser.add_argument(
+        "--no-capture",
+        action="store_true",
+        help="run decode steps as calls where they would be replayed as captured graphs",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

@@ -249,6 +249,10 @@ class Engine:
         """Print every InfiniCore call to stderr."""
         self._call("setTrace", int(on))
 
+    def set_capture(self, on: bool) -> None:
+        """Decode steps as captured graphs (where the target has them; so at first) or as calls."""
+        self._call("setCapture", int(on))
+
     def counter(self, name: str) -> int:
         """plans_built, plans_evicted, descriptors_created, device_allocations, h2d_copies or steps."""
         with self._lock:

@@ -217,6 +217,7 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "exportKVCache": (c_int, [_MODEL, _CACHE, c_uint32, c_uint32, c_void_p]),
     "importKVCache": (c_int, [_MODEL, _CACHE, c_uint32, c_uint32, c_void_p]),
     "setTrace": (c_int, [_MODEL, c_int]),
+    "setCapture": (c_int, [_MODEL, c_int]),
     "getQwen3Counter": (c_uint64, [_MODEL, c_char_p]),
     "getQwen3Meta": (POINTER(Qwen3MetaCStruct), []),
 }

@@ -29,6 +29,7 @@ _RECORD_FIELDS: Mapping[str, Callable[[Any], str]] = {
     "uncertain_ok": _flag,
     "collectives": _words(" "),
     "collective_dtypes": _words(" "),
+    "collective_capture": _flag,
 }
 _OP_FIELDS: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("dtypes", "index_dtypes", "single_batch_dtypes", "head_dims", "ranks"), _words(",")),

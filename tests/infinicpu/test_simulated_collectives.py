@@ -31,8 +31,14 @@ EVERYTHING = (
 )
 
 
-def simulate(collectives: str = EVERYTHING) -> None:
-    lines = [f"device {DEVICE} hygon", "graph_capture 1", f"collectives {collectives}", "collective_dtypes f32 f16"]
+def simulate(collectives: str = EVERYTHING, *extra: str) -> None:
+    lines = [
+        f"device {DEVICE} hygon",
+        "graph_capture 1",
+        f"collectives {collectives}",
+        "collective_dtypes f32 f16",
+        *extra,
+    ]
     assert runtime().infinicpuSimulate("\n".join(lines).encode()) == SUCCESS
 
 
@@ -156,9 +162,25 @@ def test_a_captured_collective_is_replayed() -> None:
             assert rt.infinirtGraphExecDestroy(executable) == SUCCESS and rt.infinirtGraphDestroy(graph) == SUCCESS
             return values
 
-    simulate()
+    simulate(EVERYTHING, "collective_capture 1")
     with world(2, DEVICE) as ranks:
         assert together(ranks, body) == [[1, 2, 4, 8]] * 2
+
+
+def test_collectives_are_not_captured_where_nobody_knows_whether_they_can_be() -> None:
+    def body(rank: Rank) -> tuple[int, int]:
+        rt, graph = runtime(), Pointer()
+        with on_device(rank) as put:
+            x = put(ONES)
+            stream = Pointer(rank.stream)
+            assert rt.infinirtStreamBeginCapture(stream, 1) == SUCCESS
+            return rank.all_reduce(x, x), rt.infinirtStreamEndCapture(stream, ctypes.byref(graph))
+
+    simulate()
+    with world(2, DEVICE) as ranks:
+        for refused, ended in together(ranks, body):
+            assert refused != SUCCESS and ended != SUCCESS
+    assert "collectives may not be captured" in error()
 
 
 def test_disagreement_is_found_when_the_ranks_meet() -> None:

@@ -269,6 +269,8 @@ int importKVCache(Model *m, Cache *cache, uint32_t start, uint32_t n, const void
 
 int setTrace(Model *, int) { return 0; }
 
+int setCapture(Model *, int) { return 0; }
+
 uint64_t getQwen3Counter(const Model *m, const char *name) { return std::string(name) == "steps" ? m->steps : 0; }
 
 } // extern "C"

@@ -30,4 +30,4 @@ def test_dtypes_by_every_name() -> None:
 
 
 def test_prototypes_cover_the_whole_interface() -> None:
-    assert len(PROTOTYPES) == 18
+    assert len(PROTOTYPES) == 19

@@ -46,6 +46,7 @@ __INFINI_C __export const char *infinicpuIsa(void);
  *     uncertain_ok 1                       operators marked as uncertain may be used
  *     collectives AllReduce CommInitAll
  *     collective_dtypes f32 f16
+ *     collective_capture 1
  *     op swiglu dtypes=f16,f32 ranks=2,3 last_multiple=8 graph_capture=1
  *     op gemm dtypes=f16 row_major_output=1 alphas=1:0,1:1
  *

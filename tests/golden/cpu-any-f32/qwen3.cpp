@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <list>
 #include <map>
@@ -446,6 +447,10 @@ struct DeviceResource {
     std::vector<RequestPlan> request_plans;
     Inputs in{};
     std::byte *logits = nullptr; // of the wanted tokens, in the caller's order
+    // How the step ended here: which failure it was among the devices' (0: none), and which.
+    uint32_t failed_as = 0;
+    infiniStatus_t failure = INFINI_STATUS_SUCCESS;
+    std::string failure_text;
 };
 
 infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id);
@@ -584,7 +589,8 @@ infiniStatus_t copyTokens(const DeviceResource &rsrc, const Qwen3KVCache &from, 
     return INFINI_STATUS_SUCCESS;
 }
 
-infiniStatus_t allocate(const Devices &devices, Qwen3KVCache *cache, size_t capacity) {
+// Memory of a cache that has none yet; after a failure freeCache takes back what there is.
+infiniStatus_t allocate(const Devices &devices, KVPool &pool, Qwen3KVCache *cache, size_t capacity) {
     cache->capacity = std::min<size_t>(DCTX, (std::max(capacity, MIN_CAPACITY) + MIN_CAPACITY - 1) / MIN_CAPACITY * MIN_CAPACITY);
     cache->heads = devices[0]->shard.G;
     cache->memory.resize(devices.size());
@@ -593,42 +599,48 @@ infiniStatus_t allocate(const Devices &devices, Qwen3KVCache *cache, size_t capa
         if (cache->memory[rsrc.rank].reserve(rsrc.context, bytes, "KV cache") != INFINI_STATUS_SUCCESS) {
             return fail(INFINI_STATUS_INSUFFICIENT_WORKSPACE, "KV cache of " + std::to_string(bytes) + " bytes");
         }
+        pool.count(bytes, 0);
         return INFINI_STATUS_SUCCESS;
     });
 }
 
 void trim(KVPool &, Qwen3KVCache &cache, uint32_t length) { cache.length = std::min(cache.length, length); }
 
+// Caches that are no longer, or not yet, anybody's: freed whatever happens.
+struct Spare {
+    const Devices &devices;
+    KVPool &pool;
+    std::vector<std::pair<size_t, Qwen3KVCache>> caches; // with the place of the one that each may replace
+    ~Spare() {
+        for (auto &entry : caches) {
+            freeCache(devices, pool, entry.second);
+        }
+    }
+};
+
 // Room for new tokens in several caches at once, or none. Tokens from starts[i] on are dropped.
 infiniStatus_t makeRoom(const Devices &devices, KVPool &pool, Qwen3KVCache *const *caches, const uint32_t *starts, const uint32_t *lens, size_t count) {
-    std::vector<std::pair<size_t, Qwen3KVCache>> grown;
-    infiniStatus_t status = INFINI_STATUS_SUCCESS;
-    for (size_t i = 0; i < count && status == INFINI_STATUS_SUCCESS; ++i) {
+    Spare spare{devices, pool, {}};
+    for (size_t i = 0; i < count; ++i) {
         const size_t needed = size_t{starts[i]} + lens[i];
         if (needed > caches[i]->capacity) {
-            grown.emplace_back(i, Qwen3KVCache{});
-            Qwen3KVCache &larger = grown.back().second;
-            status = allocate(devices, &larger, std::max(needed, 2 * caches[i]->capacity));
-            if (status == INFINI_STATUS_SUCCESS && caches[i]->capacity != 0) {
-                const uint32_t kept = std::min(starts[i], caches[i]->length);
-                status = onEach(devices, [&](DeviceResource &rsrc) { return copyTokens(rsrc, *caches[i], larger, kept); });
+            spare.caches.emplace_back(i, Qwen3KVCache{});
+            Qwen3KVCache &larger = spare.caches.back().second;
+            QWEN3_TRY(allocate(devices, pool, &larger, std::max(needed, 2 * caches[i]->capacity)));
+            const uint32_t kept = std::min(starts[i], caches[i]->length);
+            if (kept != 0) {
+                QWEN3_TRY(onEach(devices, [&](DeviceResource &rsrc) { return copyTokens(rsrc, *caches[i], larger, kept); }));
             }
         }
     }
-    for (auto &[i, larger] : grown) {
-        if (status == INFINI_STATUS_SUCCESS) {
-            pool.count(bytesOf(larger), 0);
-            larger.length = caches[i]->length;
-            std::swap(larger, *caches[i]);
-        } else {
-            pool.count(bytesOf(larger), 0); // what freeCache takes off again
-        }
-        freeCache(devices, pool, larger);
+    for (auto &[i, larger] : spare.caches) {
+        larger.length = caches[i]->length;
+        std::swap(larger, *caches[i]);
     }
-    for (size_t i = 0; i < count && status == INFINI_STATUS_SUCCESS; ++i) {
+    for (size_t i = 0; i < count; ++i) {
         trim(pool, *caches[i], starts[i]);
     }
-    return status;
+    return INFINI_STATUS_SUCCESS;
 }
 
 // Where token `position` of a device's head lies in a layer's keys (or values), and how many tokens follow it densely.
@@ -850,6 +862,7 @@ struct Qwen3Model {
     std::vector<std::byte> fetched; // logits on their way back
     std::mt19937_64 random{std::random_device{}()};
     std::map<const Qwen3KVCache *, std::unique_ptr<Qwen3KVCache>> caches;
+    std::atomic<uint32_t> failures{0}; // of this step, so far
 
     ~Qwen3Model() {
         const int first = devices.empty() ? 0 : devices[0]->device_id;
@@ -1006,29 +1019,74 @@ infiniStatus_t checkBatch(const Qwen3Model &model, const Batch &batch) {
     return INFINI_STATUS_SUCCESS;
 }
 
+// Whether the model can be cut into ndev equal parts, whole groups of query heads each.
+infiniStatus_t checkDevices(int ndev, const int *dev_ids) {
+    if (ndev < 1) {
+        return badParam("createQwen3Model: ndev is " + std::to_string(ndev));
+    }
+    static_cast<void>(dev_ids);
+    if (ndev != 1) {
+        return badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", but this device has no collectives");
+    }
+    return INFINI_STATUS_SUCCESS;
+}
+
+// Run a prepared step on one device. Throws nothing: the other devices are under way.
+template <typename Finish>
+void runStep(Qwen3Model &model, DeviceResource &rsrc, const Finish &finish) noexcept {
+    infiniStatus_t status = INFINI_STATUS_INTERNAL_ERROR;
+    const auto failed = [&] {
+        rsrc.failed_as = ++model.failures;
+        rsrc.failure = status;
+        try {
+            rsrc.failure_text = lastError();
+        } catch (...) {
+            rsrc.failure_text.clear();
+        }
+    };
+    try {
+        lastError().clear();
+        status = infinirtSetDevice(DEVICE, rsrc.device_id);
+        status = status == INFINI_STATUS_SUCCESS ? inferDeviceBatch(model.meta, rsrc, model.staging) : fail(status, "infinirtSetDevice");
+        if (status == INFINI_STATUS_SUCCESS && rsrc.rank == 0) {
+            status = finish(rsrc);
+        }
+    } catch (...) {
+        failInHandler(status, "out of host memory");
+    }
+    if (status != INFINI_STATUS_SUCCESS) {
+        failed();
+    }
+    // Also after a failure: what was queued reads memory that the next step reuses.
+    const infiniStatus_t done = infinirtStreamSynchronize(rsrc.context.stream);
+    if (done != INFINI_STATUS_SUCCESS && rsrc.failed_as == 0) {
+        status = failInHandler(done, "infinirtStreamSynchronize");
+        failed();
+    }
+}
+
 // Check a batch, make room in its caches and run it on all devices. finish(first device) queues what is done with the logits.
 template <typename Finish>
 infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples, const Finish &finish) {
     QWEN3_TRY(checkBatch(model, batch));
     QWEN3_TRY(makeRoom(model.devices, model.pool, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
     QWEN3_TRY(stageInputs(model.staging, batch));
-    QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) { return prepareStep(rsrc, model.staging, samples); }));
-    const auto work = [&](size_t rank) -> infiniStatus_t {
-        DeviceResource &rsrc = *model.devices[rank];
-        if (rank != 0) {
-            QWEN3_CHECK(infinirtSetDevice(DEVICE, rsrc.device_id), "infinirtSetDevice");
+    model.failures = 0;
+    QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) {
+        rsrc.failed_as = 0;
+        return prepareStep(rsrc, model.staging, samples);
+    }));
+    runStep(model, *model.devices[0], finish);
+    const DeviceResource *first = nullptr; // that failed, in time: others may have failed for its sake
+    for (const auto &device : model.devices) {
+        if (device->failed_as != 0 && (!first || device->failed_as < first->failed_as)) {
+            first = device.get();
         }
-        infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, model.staging);
-        if (status == INFINI_STATUS_SUCCESS && rank == 0) {
-            status = finish(rsrc);
-        }
-        // Also after a failure: what was queued reads memory that the next step reuses.
-        const infiniStatus_t done = infinirtStreamSynchronize(rsrc.context.stream);
-        QWEN3_TRY(status);
-        QWEN3_CHECK(done, "infinirtStreamSynchronize");
-        return status;
-    };
-    QWEN3_TRY(work(0));
+    }
+    if (first) {
+        lastError() = (model.devices.size() > 1 ? "device " + std::to_string(first->device_id) + ": " : "") + first->failure_text;
+        return first->failure;
+    }
     for (uint32_t r = 0; r < batch.nreq; ++r) {
         batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
     }
@@ -1038,6 +1096,32 @@ infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples,
 infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
     return model.caches.count(cache) ? INFINI_STATUS_SUCCESS : badParam("the KV cache is not one of this model");
 }
+
+// A cache that joins the model's own when it is complete, and leaves nothing behind if that never happens.
+class NewCache {
+public:
+    explicit NewCache(Qwen3Model &model) : _model(model), _cache(std::make_unique<Qwen3KVCache>()) {
+        model.caches.emplace(_cache.get(), nullptr); // its place, while nothing can be lost yet
+    }
+    NewCache(const NewCache &) = delete;
+    NewCache &operator=(const NewCache &) = delete;
+    ~NewCache() {
+        if (_cache) {
+            freeCache(_model.devices, _model.pool, *_cache);
+            _model.caches.erase(_cache.get());
+        }
+    }
+    Qwen3KVCache *get() const { return _cache.get(); }
+    Qwen3KVCache *keep() {
+        Qwen3KVCache *const made = _cache.get();
+        _model.caches[made] = std::move(_cache);
+        return made;
+    }
+
+private:
+    Qwen3Model &_model;
+    std::unique_ptr<Qwen3KVCache> _cache;
+};
 
 // Copy tokens start .. start + ntokens between a cache and host memory [NLAYER, 2, NKVH, ntokens, DH].
 infiniStatus_t copyCache(const Devices &devices, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
@@ -1063,18 +1147,6 @@ infiniStatus_t copyCache(const Devices &devices, const Qwen3KVCache &cache, uint
         }
         return INFINI_STATUS_SUCCESS;
     });
-}
-
-// Whether the model can be cut into ndev equal parts, whole groups of query heads each.
-infiniStatus_t checkDevices(int ndev, const int *dev_ids) {
-    if (ndev < 1) {
-        return badParam("createQwen3Model: ndev is " + std::to_string(ndev));
-    }
-    static_cast<void>(dev_ids);
-    if (ndev != 1) {
-        return badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", but this device has no collectives");
-    }
-    return INFINI_STATUS_SUCCESS;
 }
 
 // Open the devices of a model.
@@ -1194,10 +1266,9 @@ Qwen3KVCache *createKVCache(Qwen3Model *model, size_t capacity) {
             return badParam("createKVCache: capacity " + std::to_string(capacity) + ", the context is " + std::to_string(model->meta.dctx));
         }
         QWEN3_TRY(qwen3::initPool(model->devices, model->pool));
-        auto cache = std::make_unique<Qwen3KVCache>();
+        qwen3::NewCache cache(*model);
         QWEN3_TRY(qwen3::newCache(model->devices, model->pool, cache.get(), static_cast<uint32_t>(capacity)));
-        made = cache.get();
-        model->caches.emplace(made, std::move(cache));
+        made = cache.keep();
         return INFINI_STATUS_SUCCESS;
     });
     return made;
@@ -1210,10 +1281,9 @@ Qwen3KVCache *duplicateKVCache(Qwen3Model *model, const Qwen3KVCache *cache, uin
         if (seq_len > cache->length) {
             return badParam("duplicateKVCache: seq_len is " + std::to_string(seq_len) + ", the cache holds " + std::to_string(cache->length));
         }
-        auto copy = std::make_unique<Qwen3KVCache>();
+        qwen3::NewCache copy(*model);
         QWEN3_TRY(qwen3::duplicate(model->devices, model->pool, *cache, copy.get(), seq_len));
-        made = copy.get();
-        model->caches.emplace(made, std::move(copy));
+        made = copy.keep();
         return INFINI_STATUS_SUCCESS;
     });
     return made;
@@ -1299,6 +1369,13 @@ infiniStatus_t setTrace(Qwen3Model *model, int on) {
     });
 }
 
+infiniStatus_t setCapture(Qwen3Model *model, int on) {
+    return guarded(model, "setCapture", [&]() -> infiniStatus_t {
+        static_cast<void>(on); // there is nothing to switch: every step runs as calls
+        return INFINI_STATUS_SUCCESS;
+    });
+}
+
 uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
     if (!model || !name) {
         return 0;
@@ -1314,6 +1391,7 @@ uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
         {"h2d_copies", counters.h2d_copies},
         {"graphs_captured", counters.graphs_captured},
         {"graphs_replayed", counters.graphs_replayed},
+        {"captures_failed", counters.captures_failed},
         {"collectives", counters.collectives},
         {"collective_bytes", counters.collective_bytes},
         {"weight_bytes", counters.weight_bytes},

@@ -108,8 +108,10 @@ QWEN3_EXPORT infiniStatus_t importKVCache(struct Qwen3Model *model, struct Qwen3
 
 // Prints every InfiniCore call to stderr.
 QWEN3_EXPORT infiniStatus_t setTrace(struct Qwen3Model *model, int on);
+// Decode steps as captured graphs (where the target has them) or as calls; they are on at first.
+QWEN3_EXPORT infiniStatus_t setCapture(struct Qwen3Model *model, int on);
 // Of the first device: "steps", "plans_built", "plans_evicted", "descriptors_created", "device_allocations", "h2d_copies", "graphs_captured", "graphs_replayed",
-// "collectives", "collective_bytes", "weight_bytes", "device_bytes"; 0 for other names.
+// "captures_failed", "collectives", "collective_bytes", "weight_bytes", "device_bytes"; 0 for other names.
 QWEN3_EXPORT uint64_t getQwen3Counter(const struct Qwen3Model *model, const char *name);
 
 } // extern "C"
@@ -126,6 +128,7 @@ struct Counters {
     uint64_t h2d_copies = 0;
     uint64_t graphs_captured = 0;
     uint64_t graphs_replayed = 0;
+    uint64_t captures_failed = 0;
     uint64_t collectives = 0;
     uint64_t collective_bytes = 0; // that this device put in
     uint64_t weight_bytes = 0;     // that this device reads
@@ -449,7 +452,10 @@ public:
         QWEN3_TRY(reserve(context, size, what));
         const std::vector<std::byte> zeros(std::min<size_t>(size, size_t{1} << 20));
         for (size_t done = 0; done < size; done += zeros.size()) {
-            QWEN3_CHECK(infinirtMemcpy(_data + done, zeros.data(), std::min(zeros.size(), size - done), INFINIRT_MEMCPY_H2D), "infinirtMemcpy (zeros)");
+            if (const infiniStatus_t status = infinirtMemcpy(_data + done, zeros.data(), std::min(zeros.size(), size - done), INFINIRT_MEMCPY_H2D); status != INFINI_STATUS_SUCCESS) {
+                release(); // or the next to ask would take it for zeroed
+                return fail(status, "infinirtMemcpy (zeros)");
+            }
         }
         return INFINI_STATUS_SUCCESS;
     }

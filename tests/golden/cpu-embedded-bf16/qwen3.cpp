@@ -24,6 +24,7 @@
 #include "qwen3_weight.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <list>
@@ -491,7 +492,13 @@ struct DeviceResource {
     // The step that was prepared last.
     std::shared_ptr<StepPlan> plan;
     Inputs in{};
-    std::byte *logits = nullptr; // of the wanted tokens, in the caller's order
+    std::byte *logits = nullptr;    // of the wanted tokens, in the caller's order
+    size_t joined = 0;              // collectives of this step that the device has taken part in
+    bool collective_failed = false; // what the others are told is not certain any more
+    // How the step ended here: which failure it was among the devices' (0: none), and which.
+    uint32_t failed_as = 0;
+    infiniStatus_t failure = INFINI_STATUS_SUCCESS;
+    std::string failure_text;
 };
 
 infiniStatus_t createDeviceResource(DeviceResource *rsrc, const Qwen3Meta *meta, const Qwen3Weights *weights, int idev, int ndev, int dev_id);
@@ -738,9 +745,11 @@ infiniStatus_t allReduce(DeviceResource &rsrc, const char *what, std::byte *data
     if (rsrc.context.trace) {
         std::fprintf(stderr, "infinicclAllReduce %s\n", what);
     }
+    ++rsrc.joined;
     ++rsrc.counters.collectives;
     rsrc.counters.collective_bytes += count * ELEM;
     const infiniStatus_t status = infinicclAllReduce(data, data, count, DT, INFINICCL_SUM, rsrc.comm, rsrc.context.stream);
+    rsrc.collective_failed |= status != INFINI_STATUS_SUCCESS;
     return status == INFINI_STATUS_SUCCESS ? status : fail(status, std::string("infinicclAllReduce (") + what + ")");
 }
 
@@ -750,10 +759,13 @@ infiniStatus_t gatherLogits(DeviceResource &rsrc, std::byte *part, std::byte *wh
     if (rsrc.context.trace) {
         std::fprintf(stderr, "infinicclAllGather logits\n");
     }
+    ++rsrc.joined;
     ++rsrc.counters.collectives;
     rsrc.counters.collective_bytes += count * ELEM;
     std::byte *gathered = rows == 1 ? whole : rsrc.gathered.data();
-    QWEN3_CHECK(infinicclAllGather(part, gathered, count, DT, rsrc.comm, rsrc.context.stream), "infinicclAllGather (logits)");
+    const infiniStatus_t status = infinicclAllGather(part, gathered, count, DT, rsrc.comm, rsrc.context.stream);
+    rsrc.collective_failed |= status != INFINI_STATUS_SUCCESS;
+    QWEN3_CHECK(status, "infinicclAllGather (logits)");
     return rows == 1 ? INFINI_STATUS_SUCCESS : rsrc.plan->gather.run(rsrc.context, "logits", whole, gathered);
 }
 
@@ -767,6 +779,7 @@ infiniStatus_t launchCalls(DeviceResource &rsrc, const Staging &staging) {
     const size_t G = rsrc.shard.G;
     const size_t I = rsrc.shard.I;
     const Scratch s = Scratch::at(rsrc.scratch.data(), shape.tokens, shape.rows);
+    rsrc.joined = 0;
 
     // hidden.0 [T, 160] = embedding(tokens [T], input_embd [608, 160])
     // from /model/embed_tokens/Gather, /model/embed_tokens/Cast
@@ -839,6 +852,28 @@ infiniStatus_t launchCalls(DeviceResource &rsrc, const Staging &staging) {
     return INFINI_STATUS_SUCCESS;
 }
 
+// What a device that failed in a step still owes the others, or they would wait for it: the rest of the step's collectives, over whatever lies there.
+void joinCollectives(DeviceResource &rsrc, const Staging &staging) {
+    if (rsrc.ndev == 1 || rsrc.collective_failed) {
+        return;
+    }
+    const Scratch s = Scratch::at(rsrc.scratch.data(), staging.shape.tokens, staging.shape.rows);
+    const size_t T = staging.shape.tokens, done = rsrc.joined;
+    size_t met = 0;
+    const auto owed = [&] { return met++ >= done && !rsrc.collective_failed; };
+    for (size_t layer = 0; layer < NLAYER; ++layer) {
+        if (owed()) {
+            allReduce(rsrc, "o_sum", s.o, 160 * T);
+        }
+        if (owed()) {
+            allReduce(rsrc, "down_sum", s.down, 160 * T);
+        }
+    }
+    if (owed()) {
+        gatherLogits(rsrc, s.logits_part, s.logits, staging.shape.rows);
+    }
+}
+
 } // namespace
 
 // A prepared step: the inputs' one copy, then the model. Leaves the logits in rsrc.logits.
@@ -846,6 +881,7 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
     static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
     ++rsrc.counters.steps;
     ++rsrc.counters.h2d_copies;
+    rsrc.joined = 0;
     QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), staging.inputs.data(), Inputs::bytes(staging.shape), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
     return launchCalls(rsrc, staging);
 }
@@ -864,60 +900,36 @@ public:
             _stopping = true;
         }
         _go.notify_all();
-        for (Member &member : _members) {
-            if (member.thread.joinable()) {
-                member.thread.join();
-            }
+        for (std::thread &thread : _threads) {
+            thread.join();
         }
     }
 
     void start(size_t size) {
-        _members = std::vector<Member>(size - 1);
-        for (size_t i = 0; i < _members.size(); ++i) {
-            _members[i].thread = std::thread([this, i] { serve(_members[i], i + 1); });
+        _threads.reserve(size - 1);
+        for (size_t rank = 1; rank < size; ++rank) {
+            _threads.emplace_back([this, rank] { serve(rank); });
         }
     }
 
-    // work(rank) for every rank at once. The status of the lowest rank that failed, and its text.
+    // work(rank) for every rank at once; it must not throw.
     template <typename Work>
-    infiniStatus_t run(const Work &work) {
+    void run(const Work &work) {
         {
             const std::lock_guard<std::mutex> lock(_mutex);
             _work = &work;
-            _call = [](const void *context, size_t rank) { return (*static_cast<const Work *>(context))(rank); };
-            _pending = _members.size();
+            _call = [](const void *context, size_t rank) { (*static_cast<const Work *>(context))(rank); };
+            _pending = _threads.size();
             ++_round;
         }
         _go.notify_all();
-        infiniStatus_t status = INFINI_STATUS_INTERNAL_ERROR;
-        std::exception_ptr thrown; // the others still use what is on this stack
-        try {
-            status = work(0);
-        } catch (...) {
-            thrown = std::current_exception();
-        }
+        work(0);
         std::unique_lock<std::mutex> lock(_mutex);
         _done.wait(lock, [this] { return _pending == 0; });
-        if (thrown) {
-            std::rethrow_exception(thrown);
-        }
-        for (size_t i = 0; i < _members.size() && status == INFINI_STATUS_SUCCESS; ++i) {
-            if (_members[i].status != INFINI_STATUS_SUCCESS) {
-                status = _members[i].status;
-                lastError() = "device " + std::to_string(i + 1) + ": " + _members[i].text;
-            }
-        }
-        return status;
     }
 
 private:
-    struct Member {
-        std::thread thread;
-        infiniStatus_t status = INFINI_STATUS_SUCCESS;
-        std::string text;
-    };
-
-    void serve(Member &member, size_t rank) {
+    void serve(size_t rank) {
         uint64_t served = 0;
         std::unique_lock<std::mutex> lock(_mutex);
         while (true) {
@@ -927,15 +939,8 @@ private:
             }
             served = _round;
             lock.unlock();
-            infiniStatus_t status = INFINI_STATUS_INTERNAL_ERROR;
-            try {
-                status = _call(_work, rank);
-                member.text = status == INFINI_STATUS_SUCCESS ? std::string() : lastError();
-            } catch (...) {
-                member.text.clear(); // out of host memory
-            }
+            _call(_work, rank);
             lock.lock();
-            member.status = status;
             if (--_pending == 0) {
                 _done.notify_one();
             }
@@ -944,9 +949,9 @@ private:
 
     std::mutex _mutex;
     std::condition_variable _go, _done;
-    std::vector<Member> _members;
+    std::vector<std::thread> _threads;
     const void *_work = nullptr;
-    infiniStatus_t (*_call)(const void *, size_t) = nullptr;
+    void (*_call)(const void *, size_t) = nullptr;
     size_t _pending = 0;
     uint64_t _round = 0;
     bool _stopping = false;
@@ -968,6 +973,9 @@ struct Qwen3Model {
     std::vector<std::byte> fetched; // logits on their way back
     std::mt19937_64 random{std::random_device{}()};
     std::map<const Qwen3KVCache *, std::unique_ptr<Qwen3KVCache>> caches;
+    std::atomic<uint32_t> failures{0}; // of this step, so far
+    std::string broken;                // why no further step is possible: a collective failed, and the devices may not agree any more
+    infiniStatus_t broken_status = INFINI_STATUS_SUCCESS;
     qwen3::Team team;
 
     ~Qwen3Model() {
@@ -1125,29 +1133,102 @@ infiniStatus_t checkBatch(const Qwen3Model &model, const Batch &batch) {
     return INFINI_STATUS_SUCCESS;
 }
 
+// Whether the model can be cut into ndev equal parts, whole groups of query heads each.
+infiniStatus_t checkDevices(int ndev, const int *dev_ids) {
+    if (ndev < 1) {
+        return badParam("createQwen3Model: ndev is " + std::to_string(ndev));
+    }
+    const std::pair<const char *, uint32_t> cut[] = {{"nkvh", NKVH}, {"di", DI}, {"dvoc", DVOC}};
+    for (const auto &[name, size] : cut) {
+        if (size % static_cast<uint32_t>(ndev) != 0) {
+            return badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", which does not divide " + name + " = " + std::to_string(size));
+        }
+    }
+    for (int i = 0; dev_ids && i < ndev; ++i) {
+        for (int other = 0; other < i; ++other) {
+            if (dev_ids[i] == dev_ids[other]) {
+                return badParam("createQwen3Model: dev_ids names device " + std::to_string(dev_ids[i]) + " twice");
+            }
+        }
+    }
+    return INFINI_STATUS_SUCCESS;
+}
+
+// Run a prepared step on one device. Throws nothing: the other devices are under way.
+template <typename Finish>
+void runStep(Qwen3Model &model, DeviceResource &rsrc, const Finish &finish) noexcept {
+    infiniStatus_t status = INFINI_STATUS_INTERNAL_ERROR;
+    const auto failed = [&] {
+        rsrc.failed_as = ++model.failures;
+        rsrc.failure = status;
+        try {
+            rsrc.failure_text = lastError();
+        } catch (...) {
+            rsrc.failure_text.clear();
+        }
+    };
+    try {
+        lastError().clear();
+        status = infinirtSetDevice(DEVICE, rsrc.device_id);
+        status = status == INFINI_STATUS_SUCCESS ? inferDeviceBatch(model.meta, rsrc, model.staging) : fail(status, "infinirtSetDevice");
+        if (status == INFINI_STATUS_SUCCESS && rsrc.rank == 0) {
+            status = finish(rsrc);
+        }
+    } catch (...) {
+        failInHandler(status, "out of host memory");
+    }
+    if (status != INFINI_STATUS_SUCCESS) {
+        failed();
+        try {
+            joinCollectives(rsrc, model.staging);
+        } catch (...) {
+            rsrc.collective_failed = true;
+        }
+    }
+    // Also after a failure: what was queued reads memory that the next step reuses.
+    const infiniStatus_t done = infinirtStreamSynchronize(rsrc.context.stream);
+    if (done != INFINI_STATUS_SUCCESS && rsrc.failed_as == 0) {
+        status = failInHandler(done, "infinirtStreamSynchronize");
+        failed();
+    }
+    rsrc.collective_failed |= done != INFINI_STATUS_SUCCESS && rsrc.ndev > 1;
+}
+
 // Check a batch, make room in its caches and run it on all devices. finish(first device) queues what is done with the logits.
 template <typename Finish>
 infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples, const Finish &finish) {
     QWEN3_TRY(checkBatch(model, batch));
+    if (!model.broken.empty()) {
+        return fail(model.broken_status, "an earlier step failed (" + model.broken + "): make the model anew");
+    }
     QWEN3_TRY(makeRoom(model.devices, model.pool, batch.kv_caches, batch.req_pos, batch.req_lens, batch.nreq));
     QWEN3_TRY(stageInputs(model.staging, batch));
-    QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) { return prepareStep(rsrc, model.staging, samples); }));
-    const auto work = [&](size_t rank) -> infiniStatus_t {
-        DeviceResource &rsrc = *model.devices[rank];
-        if (rank != 0) {
-            QWEN3_CHECK(infinirtSetDevice(DEVICE, rsrc.device_id), "infinirtSetDevice");
+    model.failures = 0;
+    QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) {
+        rsrc.failed_as = 0;
+        return prepareStep(rsrc, model.staging, samples);
+    }));
+    if (model.devices.size() > 1) {
+        model.team.run([&](size_t rank) { runStep(model, *model.devices[rank], finish); });
+    } else {
+        runStep(model, *model.devices[0], finish);
+    }
+    const DeviceResource *first = nullptr; // that failed, in time: others may have failed for its sake
+    for (const auto &device : model.devices) {
+        if (device->failed_as != 0 && (!first || device->failed_as < first->failed_as)) {
+            first = device.get();
         }
-        infiniStatus_t status = inferDeviceBatch(model.meta, rsrc, model.staging);
-        if (status == INFINI_STATUS_SUCCESS && rank == 0) {
-            status = finish(rsrc);
+    }
+    if (first) {
+        lastError() = (model.devices.size() > 1 ? "device " + std::to_string(first->device_id) + ": " : "") + first->failure_text;
+        for (const auto &device : model.devices) {
+            if (device->collective_failed) {
+                model.broken = lastError();
+                model.broken_status = first->failure;
+            }
         }
-        // Also after a failure: what was queued reads memory that the next step reuses.
-        const infiniStatus_t done = infinirtStreamSynchronize(rsrc.context.stream);
-        QWEN3_TRY(status);
-        QWEN3_CHECK(done, "infinirtStreamSynchronize");
-        return status;
-    };
-    QWEN3_TRY(model.devices.size() == 1 ? work(0) : model.team.run(work));
+        return first->failure;
+    }
     for (uint32_t r = 0; r < batch.nreq; ++r) {
         batch.kv_caches[r]->length = batch.req_pos[r] + batch.req_lens[r];
     }
@@ -1157,6 +1238,32 @@ infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples,
 infiniStatus_t findCache(const Qwen3Model &model, const Qwen3KVCache *cache) {
     return model.caches.count(cache) ? INFINI_STATUS_SUCCESS : badParam("the KV cache is not one of this model");
 }
+
+// A cache that joins the model's own when it is complete, and leaves nothing behind if that never happens.
+class NewCache {
+public:
+    explicit NewCache(Qwen3Model &model) : _model(model), _cache(std::make_unique<Qwen3KVCache>()) {
+        model.caches.emplace(_cache.get(), nullptr); // its place, while nothing can be lost yet
+    }
+    NewCache(const NewCache &) = delete;
+    NewCache &operator=(const NewCache &) = delete;
+    ~NewCache() {
+        if (_cache) {
+            freeCache(_model.devices, _model.pool, *_cache);
+            _model.caches.erase(_cache.get());
+        }
+    }
+    Qwen3KVCache *get() const { return _cache.get(); }
+    Qwen3KVCache *keep() {
+        Qwen3KVCache *const made = _cache.get();
+        _model.caches[made] = std::move(_cache);
+        return made;
+    }
+
+private:
+    Qwen3Model &_model;
+    std::unique_ptr<Qwen3KVCache> _cache;
+};
 
 // Copy tokens start .. start + ntokens between a cache and host memory [NLAYER, 2, NKVH, ntokens, DH].
 infiniStatus_t copyCache(const Devices &devices, const Qwen3KVCache &cache, uint32_t start, uint32_t ntokens, std::byte *host, infinirtMemcpyKind_t kind) {
@@ -1182,27 +1289,6 @@ infiniStatus_t copyCache(const Devices &devices, const Qwen3KVCache &cache, uint
         }
         return INFINI_STATUS_SUCCESS;
     });
-}
-
-// Whether the model can be cut into ndev equal parts, whole groups of query heads each.
-infiniStatus_t checkDevices(int ndev, const int *dev_ids) {
-    if (ndev < 1) {
-        return badParam("createQwen3Model: ndev is " + std::to_string(ndev));
-    }
-    const std::pair<const char *, uint32_t> cut[] = {{"nkvh", NKVH}, {"di", DI}, {"dvoc", DVOC}};
-    for (const auto &[name, size] : cut) {
-        if (size % static_cast<uint32_t>(ndev) != 0) {
-            return badParam("createQwen3Model: ndev is " + std::to_string(ndev) + ", which does not divide " + name + " = " + std::to_string(size));
-        }
-    }
-    for (int i = 0; dev_ids && i < ndev; ++i) {
-        for (int other = 0; other < i; ++other) {
-            if (dev_ids[i] == dev_ids[other]) {
-                return badParam("createQwen3Model: dev_ids names device " + std::to_string(dev_ids[i]) + " twice");
-            }
-        }
-    }
-    return INFINI_STATUS_SUCCESS;
 }
 
 // Open the devices of a model.
@@ -1334,10 +1420,9 @@ Qwen3KVCache *createKVCache(Qwen3Model *model, size_t capacity) {
             return badParam("createKVCache: capacity " + std::to_string(capacity) + ", the context is " + std::to_string(model->meta.dctx));
         }
         QWEN3_TRY(qwen3::initPool(model->devices, model->pool));
-        auto cache = std::make_unique<Qwen3KVCache>();
+        qwen3::NewCache cache(*model);
         QWEN3_TRY(qwen3::newCache(model->devices, model->pool, cache.get(), static_cast<uint32_t>(capacity)));
-        made = cache.get();
-        model->caches.emplace(made, std::move(cache));
+        made = cache.keep();
         return INFINI_STATUS_SUCCESS;
     });
     return made;
@@ -1350,10 +1435,9 @@ Qwen3KVCache *duplicateKVCache(Qwen3Model *model, const Qwen3KVCache *cache, uin
         if (seq_len > cache->length) {
             return badParam("duplicateKVCache: seq_len is " + std::to_string(seq_len) + ", the cache holds " + std::to_string(cache->length));
         }
-        auto copy = std::make_unique<Qwen3KVCache>();
+        qwen3::NewCache copy(*model);
         QWEN3_TRY(qwen3::duplicate(model->devices, model->pool, *cache, copy.get(), seq_len));
-        made = copy.get();
-        model->caches.emplace(made, std::move(copy));
+        made = copy.keep();
         return INFINI_STATUS_SUCCESS;
     });
     return made;
@@ -1439,6 +1523,13 @@ infiniStatus_t setTrace(Qwen3Model *model, int on) {
     });
 }
 
+infiniStatus_t setCapture(Qwen3Model *model, int on) {
+    return guarded(model, "setCapture", [&]() -> infiniStatus_t {
+        static_cast<void>(on); // there is nothing to switch: every step runs as calls
+        return INFINI_STATUS_SUCCESS;
+    });
+}
+
 uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
     if (!model || !name) {
         return 0;
@@ -1454,6 +1545,7 @@ uint64_t getQwen3Counter(const Qwen3Model *model, const char *name) {
         {"h2d_copies", counters.h2d_copies},
         {"graphs_captured", counters.graphs_captured},
         {"graphs_replayed", counters.graphs_replayed},
+        {"captures_failed", counters.captures_failed},
         {"collectives", counters.collectives},
         {"collective_bytes", counters.collective_bytes},
         {"weight_bytes", counters.weight_bytes},

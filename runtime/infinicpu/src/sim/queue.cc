@@ -285,7 +285,12 @@ infiniStatus_t enqueue(infinirtStream_t stream, Work work, const char *what, con
 
 infiniStatus_t submit(infinirtStream_t stream, std::function<infiniStatus_t()> work) {
     const Device current = currentDevice();
-    return isDeferred(current.type) ? enqueue(stream, std::move(work), "submit", nullptr) : work();
+    if (!isDeferred(current.type)) {
+        return work();
+    }
+    const Record *record = recordOf(current.type);
+    const char *why_not = record != nullptr && record->collective_capture ? nullptr : "collectives may not be captured";
+    return enqueue(stream, std::move(work), "infiniccl", why_not);
 }
 
 void dropQueuedWork() {

@@ -150,6 +150,8 @@ void readLine(const Words &words, Record *record) {
         readDevice(words, record);
     } else if (words[0] == "graph_capture") {
         record->graph_capture = oneFlag();
+    } else if (words[0] == "collective_capture") {
+        record->collective_capture = oneFlag();
     } else if (words[0] == "uncertain_ok") {
         record->uncertain_ok = oneFlag();
     } else if (words[0] == "collectives") {

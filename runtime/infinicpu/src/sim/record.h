@@ -38,6 +38,7 @@ struct Record {
     bool uncertain_ok = false; // operators marked as uncertain may be used
     std::vector<std::string> collectives;
     std::vector<infiniDtype_t> collective_dtypes;
+    bool collective_capture = false;
     std::map<std::string, OpRecord> ops;
 };
 
