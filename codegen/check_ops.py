@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from codegen.check_ops_bounds import ALLOWED, STEP, Expected, Rounding, expect, unit_of
-from codegen.check_ops_calls import ROW_COPIES, OpCall, Tensor, Use
+from codegen.check_ops_calls import COLLECTIVES, ROW_COPIES, OpCall, Tensor, Use
 from codegen.check_ops_cases import Case, cases_of
 from codegen.check_ops_device import Device, Operator, Refused, Region, RowCopies, canaries, create
 from ir.ops_infini import WRITES_INTO
 from runtime.errors import InfiniCoreError
 from runtime.structs import STATUS_NAMES
 
-OK, WRONG, REFUSED, MISSING, CRASHED = "ok", "WRONG", "REFUSED", "NOT THERE", "CRASHED"
+OK, WRONG, REFUSED, MISSING, CRASHED, NOT_RUN = "ok", "WRONG", "REFUSED", "NOT THERE", "CRASHED", "NOT RUN"
 LARGE = 32 << 20  # bytes: a larger weight is uploaded once, and has the same contents in all cases
 WEIGHTS = {
     "infini.gemm": ("i1",),
@@ -92,9 +92,10 @@ class Result:
 def result_of(use: Use) -> Result:
     """An operator that was not run yet."""
     call = use.call
+    library = "infinirt" if call.op in ROW_COPIES else "infiniccl" if call.op in COLLECTIVES else "infiniop"
     return Result(
         op=call.name,
-        function="infinirtMemcpyAsync" if call.op in ROW_COPIES else f"infiniop{call.spec.name}",
+        function=library + call.spec.name,
         operands={o: str(t) for o, t in call.operands},
         attrs={k: v for k, v in call.attrs if v is not None},
         in_place=bool(call.in_place),
@@ -217,7 +218,7 @@ class _Bench:
                 spoilt |= math.isnan(worst.found)
             outside = (image != region.image) & ~self.masks[operand]
             if outside.any():
-                problems.append(f"{operand}: {self._outside(region, outside)}")
+                problems.append(f"{operand}: {spill(region, outside)}")
         problems += self._inputs([i for i in self.call.inputs if i not in self.fixed])
         changed = self.workspace.get() != self.workspace.image
         if (changed & ~self.workspace.mask()).any():
@@ -253,18 +254,6 @@ class _Bench:
             if (region.get() != region.image).any():
                 problems.append(f"{operand}: the input was changed")
         return problems
-
-    @staticmethod
-    def _outside(region: Region, outside: np.ndarray) -> str:
-        first, last = int(np.flatnonzero(outside)[0]), int(np.flatnonzero(outside)[-1])
-        end = region.lead + region.tensor.span * region.dtype.itemsize
-        if first < region.lead:
-            where = f"{region.lead - first} bytes before it"
-        elif last >= end:
-            where = f"up to {last + 1 - end} bytes after it"
-        else:
-            where = "between its rows"
-        return f"{int(outside.sum())} bytes outside of the result were written, {where}"
 
     def finish(self, result: Result) -> None:
         """Large inputs are looked at once."""
@@ -334,6 +323,19 @@ def compare(case: str, operand: str, found: np.ndarray, expected: Expected) -> W
         _number(error[index]),
         float(expected.bound[index]),
     )
+
+
+def spill(region: Region, outside: np.ndarray) -> str:
+    """Where bytes of a region were written that are not the result's; ``outside`` says which."""
+    first, last = int(np.flatnonzero(outside)[0]), int(np.flatnonzero(outside)[-1])
+    end = region.lead + region.tensor.span * region.dtype.itemsize
+    if first < region.lead:
+        where = f"{region.lead - first} bytes before it"
+    elif last >= end:
+        where = f"up to {last + 1 - end} bytes after it"
+    else:
+        where = "between its rows"
+    return f"{int(outside.sum())} bytes outside of the result were written, {where}"
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -407,7 +409,7 @@ def summary(results: Sequence[Result]) -> str:
     """The last line."""
     good = sum(r.status == OK for r in results)
     parts = [f"{good} of {len(results)} operators ok"]
-    for status in (WRONG, REFUSED, MISSING, CRASHED):
+    for status in (WRONG, REFUSED, MISSING, CRASHED, NOT_RUN):
         bad = [r for r in results if r.status == status]
         if bad:
             names = dict.fromkeys(r.op for r in bad)

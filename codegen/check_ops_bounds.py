@@ -263,6 +263,16 @@ def _caching(b: _Bench) -> list[Expected]:
     return [Expected(a, None) for a in b.reference("infini.paged_caching", *operands)]
 
 
+def _all_reduce(b: _Bench) -> list[Expected]:
+    x = b.x("i0")
+    count, size = len(x), np.abs(x).sum(axis=0)
+    # Every addition but the last may give a partial sum, at most ``size``, that is rounded to the dtype, as it is where devices pass it on.
+    each = b.u + b.r.step
+    # So small ones are lost: of every device's numbers, and of every sum.
+    error = size * ((1 + each) ** (count - 2) * (1 + b.r.step) - 1) + 2 * count * (b.floor + TINY)
+    return [b.rounded(x.sum(axis=0), error)]
+
+
 def _sample(b: _Bench) -> list[Expected]:
     """Each token's distance from being drawn: 0 for those that are right, and infinite where a limit rules them out."""
     logits = b.x("i0")
@@ -303,6 +313,8 @@ REFERENCES: Mapping[str, Callable[[_Bench], list[Expected]]] = {
     "infini.copy_rows": _rows,
     "infini.copy_chosen_rows": _rows,
     "infini.paged_caching": _caching,
+    "infini.all_reduce": _all_reduce,
+    "infini.all_gather": _moved,
     "paged_attention": _attention,
     "paged_attention_prefill": _attention,
     "random_sample": _sample,
@@ -326,6 +338,8 @@ WHY: Mapping[str, str] = {
     "infini.copy_rows": _MOVES,
     "infini.copy_chosen_rows": _MOVES,
     "infini.paged_caching": _MOVES,
+    "infini.all_reduce": "n - 1 additions in float32, or in the dtype with a rounding each: (n - 2) u and (n - 1) 2^-23 sum|x|; one rounding",
+    "infini.all_gather": _MOVES,
     "paged_attention": "scores summed in float32 over D, weights rounded once, N values summed in float32; one rounding",
     "paged_attention_prefill": "as paged_attention",
     "random_sample": "the running sum of the weights up to the token must reach the threshold: N 2^-23 and two roundings of the total; argmax: exactly, any of equal ones",

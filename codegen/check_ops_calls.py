@@ -27,6 +27,11 @@ ROW_COPIES = {
     "infini.copy_rows": CallSpec("MemcpyAsync", ("o0", "i0", "i1"), ("o0", "i0", "i1"), False),
     "infini.copy_chosen_rows": CallSpec("MemcpyAsync", ("o0", "i1", "i0"), ("o0", "i1", "i0"), False),
 }
+# What devices call together: infiniccl's function, its result and its operand. They have no descriptors.
+COLLECTIVES = {
+    "infini.all_reduce": CallSpec("AllReduce", ("o0", "i0"), ("i0", "o0"), False),
+    "infini.all_gather": CallSpec("AllGather", ("o0", "i0"), ("i0", "o0"), False),
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class OpCall:
     """One operator as the engine creates it.
 
     Attributes:
-        op: its key in codegen.calls.CALLS.
+        op: its key in codegen.calls.CALLS, ROW_COPIES or COLLECTIVES.
         operands: per operand of the spec, in the order that create takes them.
-        attrs: values of the attributes that create and call take.
+        attrs: values of the attributes that create and call take; of a collective, the devices that meet (``ndev``).
         in_place: pairs of a result and the operand whose memory it takes.
     """
 
@@ -173,7 +178,7 @@ def enumerate_calls(
         shard: values of the symbols that tensor parallelism divides, on one of ``ndev`` devices.
 
     Returns:
-        the operators, and the ops of the graph that are no operator of one device (collectives).
+        the operators (with more than one device, collectives too), and the ops of the graph that are no operator of one device.
     """
     plan = plan_memory(graph)
     walk = _Walk(plan, meta, abi or {}, int(meta["dctx"]), ndev)
@@ -205,10 +210,10 @@ class _Walk:
                 self.paged_attention(node, scope, symbols)
             elif node.op in CALLS or node.op in ROW_COPIES:
                 self.add(node, self.call(node, scope, symbols))
+            elif node.op in COLLECTIVES and self.ndev > 1:
+                self.add(node, self.meet(node, scope, symbols))
             else:
                 self.left_out.add(node.op)
-                if node.op == "infini.all_gather" and self.ndev > 1 and symbols["L"] > 1:
-                    self.add(node, iter([self.gather(node, symbols)]))
 
     def requests(self, node: Node, symbols: Mapping[str, int]) -> None:
         """The attention of one request at a time."""
@@ -250,6 +255,20 @@ class _Walk:
             # Weights that the person has transposed already: the descriptor says so, the shape stays.
             stored = replace(tensors["i1"], strides=_contiguous(tensors["i1"].shape))
             yield replace(one, operands=tuple({**tensors, "i1": stored}.items()))
+
+    def meet(self, node: Node, scope: str, symbols: Mapping[str, int]) -> Iterator[OpCall]:
+        """A sum in place; or parts that go one behind the other, device after device, and the operator that makes rows of them."""
+        source = tensor(self.plan.places[scope][node.inputs[0]], symbols)
+        attrs = (("ndev", self.ndev),)
+        if node.op == "infini.all_reduce":
+            operands = (("o0", source), ("i0", source))
+            yield OpCall(node.op, COLLECTIVES[node.op], operands, attrs, (("o0", "i0"),))
+            return
+        shape = (self.ndev, *source.shape)
+        operands = (("o0", Tensor(source.dtype, shape, _contiguous(shape))), ("i0", source))
+        yield OpCall(node.op, COLLECTIVES[node.op], operands, attrs)
+        if symbols["L"] > 1:
+            yield self.gather(node, symbols)
 
     def gather(self, node: Node, symbols: Mapping[str, int]) -> OpCall:
         """Parts of rows, device after device, to whole rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -43,9 +43,14 @@ class Maker:
         self.fixed = fixed
         self._kept: dict[str, np.ndarray] = {}
 
+    def tensor(self, operand: str) -> Tensor:
+        """What an operand holds: of a collective, [ndev, ...], every device's own."""
+        tensor, ndev = self.call[operand], dict(self.call.attrs).get("ndev")
+        return tensor if ndev is None else replace(tensor, shape=(ndev, *tensor.shape))
+
     def floats(self, operand: str, kind: str = "random", limit: float = math.inf, scale: float = 1.0) -> np.ndarray:
         """Values of a kind for an operand, none larger than ``limit``; ``scale`` is what random ones are multiplied with."""
-        tensor = self.call[operand]
+        tensor = self.tensor(operand)
         if operand in self.fixed:
             if operand not in self._kept:
                 self._kept[operand] = _values(self.rng, "random", tensor, limit, scale)
@@ -54,7 +59,7 @@ class Maker:
 
     def bits(self, operand: str) -> np.ndarray:
         """Any value but NaN: what is only copied must not change."""
-        tensor = self.call[operand]
+        tensor = self.tensor(operand)
         if operand in self.fixed:
             return self.floats(operand)
         dtype = DTYPES[tensor.dtype].numpy
@@ -297,6 +302,21 @@ def _unwritten(call: OpCall, case: Case) -> dict[str, np.ndarray]:
     }
 
 
+def _summands(maker: Maker) -> Iterator[Case]:
+    """What devices add up: values of all kinds, and such that a device that is left out, or counted twice, shows."""
+    most = largest(_dtype(maker.call)) / (2 * dict(maker.call.attrs)["ndev"])
+    for kind in KINDS:
+        yield Case(kind, {"i0": maker.floats("i0", kind, most)})
+    opposite = maker.floats("i0", "large", most)
+    opposite[1] = -opposite[0]
+    opposite[2:] = maker.floats("i0")[2:]
+    yield Case("large values cancel", {"i0": opposite})
+    for which in range(len(opposite)):
+        alone = np.zeros_like(opposite)
+        alone[which] = maker.floats("i0", "wide", most)[which]
+        yield Case(f"only device {which} has any", {"i0": alone})
+
+
 def _sampling(maker: Maker) -> Iterator[Case]:
     count = maker.call["i0"].shape[0]
     rng, dtype = maker.rng, DTYPES[maker.call["i0"].dtype].numpy
@@ -362,6 +382,8 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "infini.copy_rows": _lookup,
     "infini.copy_chosen_rows": _lookup,
     "infini.paged_caching": _caching,
+    "infini.all_reduce": _summands,
+    "infini.all_gather": _copy,
     "paged_attention": _attention,
     "paged_attention_prefill": _attention,
     "random_sample": _sampling,

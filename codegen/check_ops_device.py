@@ -13,7 +13,7 @@ from codegen.check_ops_calls import ROW_COPIES, OpCall, Tensor
 from ir.types import DTYPES
 from runtime.errors import InfiniCoreError
 from runtime.infinicore import Provider
-from runtime.structs import STATUS_NAMES, DataType
+from runtime.structs import STATUS_NAMES, DataType, DeviceType
 
 H2D, D2H, D2D = 1, 2, 3  # infinirtMemcpyKind_t
 # Memory that nobody may touch, and results before they are written. In every floating-point type this is NaN, so that a kernel which reads what it must not
@@ -47,7 +47,11 @@ class Device:
     def __init__(self, provider: Provider, device: int, number: int = 0) -> None:
         self.provider = provider
         self.stream, self.handle = c_void_p(), c_void_p()
-        self.run("infinirtSetDevice", c_int(device), c_int(number))
+        try:
+            self.run("infinirtSetDevice", c_int(device), c_int(number))
+        except InfiniCoreError as error:
+            call = f"infinirtSetDevice (device {number} of target {DeviceType(device).target})"
+            raise InfiniCoreError(call, error.status, error.detail) from None
         self.run("infinirtStreamCreate", byref(self.stream))
         self.run("infiniopCreateHandle", byref(self.handle))
 

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from codegen.check_ops import CRASHED, REFUSED, Result, check, result_of
-from codegen.check_ops_calls import Use
+from codegen.check_ops_calls import COLLECTIVES, Use
+from codegen.check_ops_collectives import Meeting
 from codegen.check_ops_device import Device
 from ir.errors import InfiniCoreError, Qwen3Error
 from runtime import infinicore
@@ -25,7 +27,7 @@ class Job:
 
     Attributes:
         manifest: of the build.
-        device: number of the device among those of its type.
+        device: number of the device among those of its type, or of the first where several meet.
         clobbers: per op, the inputs that InfiniCore is known to destroy.
     """
 
@@ -36,9 +38,9 @@ class Job:
     seed: int = 0
 
 
-def open_library(manifest: dict[str, Any]) -> Provider:
-    """The build's InfiniCore, whatever it lacks: what it has not is said per operator."""
-    return infinicore.load({**manifest, "ops": []})
+def open_library(manifest: dict[str, Any], number: int = 0) -> Provider:
+    """The build's InfiniCore, whatever it lacks: what it has not is said per operator. ``number`` is the device to be used."""
+    return infinicore.load({**manifest, "ops": []}, device_id=number)
 
 
 def run_all(
@@ -112,12 +114,16 @@ def _end(code: int | None, timeout: float) -> str:
 def _serve(job: Job, first: int, pipe: Connection) -> None:
     os.dup2(sys.stderr.fileno(), 1)  # what a library prints must not get into the report
     try:
-        provider = open_library(job.manifest)
+        provider = open_library(job.manifest, job.device)
         pipe.send(("about", infinicore.description()))
-        with Device(provider, int(job.manifest["device"]), job.device) as device:
+        kind = int(job.manifest["device"])
+        with Device(provider, kind, job.device) as device, closing(Meeting(provider, kind, job.device)) as meeting:
             for use in job.uses[first:]:
                 pipe.send(("start", None))
-                result = check(device, use, seed=job.seed, clobbers=job.clobbers.get(use.call.name, ()))
+                if use.call.op in COLLECTIVES:
+                    result = meeting.check(use, job.seed)
+                else:
+                    result = check(device, use, seed=job.seed, clobbers=job.clobbers.get(use.call.name, ()))
                 pipe.send(("result", result))
                 if result.status == CRASHED or (result.status == REFUSED and result.cases):
                     os._exit(0)  # some devices do nothing any more after a failure: a new process goes on

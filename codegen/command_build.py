@@ -119,9 +119,21 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"{out}: {meta['nlayer']} layers in {manifest['dtype']}, {manifest['kv']['form']} KV cache, context {meta['dctx']}, {len(manifest['ops'])} InfiniCore functions, {time.monotonic() - started:.1f} s"
     )
-    for line in next_steps(out, manifest):
+    for line in (*why_contiguous(manifest), *next_steps(out, manifest)):
         print(line)
     return 0
+
+
+def why_contiguous(manifest: dict[str, Any]) -> list[str]:
+    """A line that says why the KV cache is not paged, where that is neither the person's own wish nor the rule for the target."""
+    for op, form, why, _ in manifest["legalised"]:
+        if op != "attention_cached" or form == "paged" or not why.startswith("paged: "):
+            continue
+        reason = why.removeprefix("paged: ")
+        # InfiniCore's CPU has never had a paged cache; others mostly have, so a person may expect one.
+        if reason != "not asked for" and not reason.startswith(("not asked for;", "cpu has no ")):
+            return [f"The KV cache is not paged: {reason}"]
+    return []
 
 
 def next_steps(out: Path, manifest: dict[str, Any]) -> list[str]:
@@ -135,6 +147,12 @@ def next_steps(out: Path, manifest: dict[str, Any]) -> list[str]:
         ]
     run_here = f"python -m runtime.generate {model} --build {folder} --prompt TEXT"
     compile_there = f"cmake -S {folder} -B {folder}/cmake -DINFINI_ROOT=/path/to/infinicore && cmake --build {folder}/cmake && cp {folder}/cmake/libqwen3.so {folder}/"
+    if manifest["library"] is None and (manifest["simulate"] or manifest["device"] == 0):
+        if manifest["simulate"]:
+            return [
+                f"It was not compiled (--emit-only); without --emit-only it runs here, on a simulated {manifest['target']}"
+            ]
+        return ["It was not compiled (--emit-only); to compile it:", f"  {compile_there}"]
     if manifest["simulate"]:
         return [
             f"It runs here, on a simulated {manifest['target']}:",
@@ -142,8 +160,6 @@ def next_steps(out: Path, manifest: dict[str, Any]) -> list[str]:
             f"  python -m codegen verify {folder}",
         ]
     if manifest["device"] == 0:
-        if manifest["library"] is None:
-            return ["It was not compiled (--emit-only); to compile it:", f"  {compile_there}"]
         return ["It can run here:", f"  {run_here}", f"  python -m codegen verify {folder}"]
     return [
         f"It cannot run here: it needs an InfiniCore with {manifest['target']} devices. On such a machine, with this package and the checkpoint there:",

@@ -1,6 +1,7 @@
 """Run every operator of a build alone on its device, against its numpy reference: the first thing to do on new hardware.
 
-Exit status 0 if all are ok, 1 if any is wrong, refused or not there, 2 for bad input.
+Exit status 0 if all that were run are ok, 1 if any is wrong, refused or not there, 2 for bad input. Calls in which devices meet are run with --ndev, if there are as
+many devices.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from codegen.calls import CALLS
-from codegen.check_ops import OK, Result, status_text, summary
+from codegen.check_ops import NOT_RUN, OK, Result, status_text, summary
 from codegen.check_ops_bounds import WHY
 from codegen.check_ops_calls import Use, block_size_of, enumerate_calls, steps_of
 from codegen.check_ops_worker import Job, run_all
@@ -42,8 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of the longer prompt (default: {PROMPT_LEN}, or the context if that is shorter)",
     )
     parser.add_argument("--only", metavar="OP,..", help="only these ops, for example gemm,rope")
-    parser.add_argument("--ndev", default="1", metavar="N", help="shapes of one of N devices (default: 1)")
-    parser.add_argument("--dev-id", default="0", metavar="N", help="which device of its type (default: 0)")
+    parser.add_argument(
+        "--ndev",
+        default="1",
+        metavar="N",
+        help="shapes of one of N devices, and the calls in which N devices meet (default: 1, which has none)",
+    )
+    parser.add_argument(
+        "--dev-id",
+        default="0",
+        metavar="N",
+        help="which device of its type; N devices that meet are numbered from it on (default: 0)",
+    )
     parser.add_argument("--seed", default="0", metavar="N", help="of the random data (default: 0)")
     parser.add_argument(
         "--timeout", default="300", metavar="S", help="seconds that one operator may take (default: 300)"
@@ -65,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"[{time.monotonic() - started:5.1f} s] {result.op}: {status_text(result)}", file=sys.stderr)
 
     uses, left_out, steps = uses_of(build, number["prompt_len"], number["ndev"] or 1)
-    uses = _only(uses, arguments.only)
+    uses = _only(uses, arguments.only, left_out)
     head = header(build)  # compiles the embedded library if it must be
     job = Job(build.data, uses, clobbers_of(build), number["dev_id"] or 0, number["seed"] or 0)
     about, results = run_all(job, float(number["timeout"] or 1), say)
@@ -82,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         seconds=round(time.monotonic() - started, 2),
     )
     print(json.dumps(_plain(report)) if arguments.json else "\n".join(lines(report, results)))
-    return 0 if all(r.status == OK for r in results) else 1
+    return 0 if all(r.status in (OK, NOT_RUN) for r in results) else 1
 
 
 def _number(arguments: argparse.Namespace, name: str, least: int) -> int | None:
@@ -94,18 +105,20 @@ def _number(arguments: argparse.Namespace, name: str, least: int) -> int | None:
     return int(given)
 
 
-def _only(uses: list[Use], names: str | None) -> list[Use]:
+def _only(uses: list[Use], names: str | None, left_out: list[str]) -> list[Use]:
     if names is None:
         return uses
     wanted, there = [n.strip() for n in names.split(",")], {u.call.name for u in uses}
     for name in wanted:
+        if f"infini.{name}" in left_out:
+            raise ConfigError(f"--only {name}: takes several devices; expected --ndev N with it")
         if name not in there:
             raise ConfigError(f"--only {name}: the engine has no such op; expected some of {', '.join(sorted(there))}")
     return [u for u in uses if u.call.name in wanted]
 
 
 def uses_of(build: Build, prompt_len: int | None, ndev: int) -> tuple[list[Use], list[str], dict[str, Any]]:
-    """The operators of a build's engine, the ops that are none, and the steps that they are for.
+    """The operators of a build's engine, the ops that take several devices where there is one, and the steps that they are for.
 
     Raises:
         BuildError: the folder lacks the engine's graph, or it is damaged.
@@ -132,9 +145,14 @@ def uses_of(build: Build, prompt_len: int | None, ndev: int) -> tuple[list[Use],
     return uses, left_out, shown
 
 
+# What devices share, by its symbol in the graph.
+_SHARED = {"G": "key/value heads", "I": "elements of the intermediate size", "V": "rows of the vocabulary"}
+
+
 def _share(name: str, value: int, ndev: int) -> int:
     if value % ndev:
-        raise ConfigError(f"--ndev {ndev}: {name} is {value} on one device, which {ndev} devices cannot share evenly")
+        what = _SHARED.get(name, f"elements of {name}")
+        raise ConfigError(f"--ndev {ndev}: the model's {value} {what} cannot be shared evenly by {ndev} devices")
     return value // ndev
 
 
@@ -221,10 +239,14 @@ def lines(report: Mapping[str, Any], results: list[Result]) -> list[str]:
         cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
         rows.append("  ".join(cells).rstrip())
     rows += findings(results)
+    for reason in dict.fromkeys(r.reason for r in results if r.status == NOT_RUN):
+        names = ", ".join(dict.fromkeys(r.op for r in results if r.reason == reason))
+        rows += ["", f"not run: {names}: {reason}"]
     rows += ["", "bounds (error and bound above are of the element that uses the largest share of its bound):"]
     rows += [f"  {name}: {why}" for name, why in report["bounds"].items()]
-    if report["ndev"] > 1 and report["left_out"]:
-        rows += ["", f"left out, for it takes several devices at once: {', '.join(report['left_out'])}"]
+    if report["left_out"]:
+        names = ", ".join(name.removeprefix("infini.") for name in report["left_out"])
+        rows += ["", f"not run, for devices meet there: {names}; --ndev N runs them on N devices"]
     return [*rows, "", report["summary"]]
 
 
@@ -232,7 +254,7 @@ def findings(results: list[Result]) -> list[str]:
     """What is not ok: one paragraph per op and kind of fault, with the first operator that shows it."""
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for r in results:
-        if r.status != OK:
+        if r.status not in (OK, NOT_RUN):
             groups.setdefault((r.op, status_text(r), r.likely), []).append(r)
     rows = ["", "not ok:"] if groups else []
     for (op, status, reason), found in groups.items():

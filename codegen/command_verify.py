@@ -34,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", default=str(STEPS), metavar="N", help=f"greedy tokens after the prompt (default: {STEPS})"
     )
     parser.add_argument("--ndev", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    parser.add_argument("--dev-ids", metavar="0,1", help="which devices (default: the first N)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if not arguments.steps.isdecimal():
         raise ConfigError(f"--steps {arguments.steps}: expected a number of tokens, 0 or more")
-    tokens = None if arguments.tokens is None else parse_tokens(arguments.tokens)
+    tokens = None if arguments.tokens is None else parse_numbers(arguments.tokens, "--tokens")
+    dev_ids = None if arguments.dev_ids is None else parse_numbers(arguments.dev_ids, "--dev-ids")
     started = time.monotonic()
     terminal = sys.stderr.isatty()
 
@@ -55,18 +57,19 @@ def run(arguments: argparse.Namespace) -> int:
         tokens=tokens,
         steps=int(arguments.steps),
         ndev=arguments.ndev,
+        dev_ids=dev_ids,
         progress=say,
     )
     print(json.dumps(report.to_json()) if arguments.json else "\n".join(lines(report)))
     return 1 if report.verdict == FAIL else 0
 
 
-def parse_tokens(text: str) -> list[int]:
+def parse_numbers(text: str, option: str) -> list[int]:
     """``"1,2,3"`` as numbers."""
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise ConfigError(f"--tokens {text!r}: expected numbers separated by commas") from None
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas") from None
 
 
 def lines(report: Report) -> list[str]:

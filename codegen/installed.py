@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from codegen.calls import ATTRIBUTES, CALLS, OLDER, PARAMETERS, RECORD_OPS, CallSpec, symbols
 from codegen.declarations import Parameter, read_header
 from codegen.elf import exported_symbols
 from ir.errors import BuildError
-from passes.targets import OpSupport, Target
+from passes.targets import OpSupport, PartialTarget, Target
 
 LIBRARIES = ("libinfinirt.so", "libinfiniop.so", "libinfiniccl.so")
 CORE = (
@@ -269,24 +268,7 @@ def _listed(parameters: tuple[Parameter, ...]) -> str:
 # --- targets --------------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class InstalledTarget(Target):
-    """A target under one installation: what its record has and the installation has not is refused with the reason.
-
-    Attributes:
-        missing: per op or collective that was taken away, why.
-    """
-
-    missing: Mapping[str, str] = field(default_factory=dict)
-
-    def refusal(self, op: str, *args: Any, **kwargs: Any) -> str:
-        return self.missing.get(op) or super().refusal(op, *args, **kwargs)
-
-    def collective_refusal(self, collective: str, dtype: str) -> str:
-        return self.missing.get(collective) or super().collective_refusal(collective, dtype)
-
-
-def narrow(target: Target, installed: Installed) -> InstalledTarget:
+def narrow(target: Target, installed: Installed) -> PartialTarget:
     """The target with only those ops, collectives and abilities that the installation has."""
     missing = {}
     for op in target.ops:
@@ -306,7 +288,7 @@ def narrow(target: Target, installed: Installed) -> InstalledTarget:
         graph_capture=target.graph_capture and installed.graph_capture,
         missing=missing,
     )
-    return InstalledTarget(**given)
+    return PartialTarget(**given)
 
 
 def _dated(op: str, support: OpSupport, installed: Installed) -> OpSupport:

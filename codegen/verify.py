@@ -38,7 +38,7 @@ from runtime import infinicore
 from runtime.generation import schedule
 from runtime.infertask import check_tokens
 from runtime.manifest import Build, read_build
-from runtime.qwen3 import Qwen3ForCausalLM
+from runtime.qwen3 import Qwen3ForCausalLM, device_numbers
 from runtime.tokenizer import Tokenizer
 
 STEPS = 16
@@ -103,6 +103,7 @@ def verify(
     tokens: Sequence[int] | None = None,
     steps: int = STEPS,
     ndev: int = 1,
+    dev_ids: Sequence[int] | None = None,
     progress: Callable[[str], Any] | None = None,
 ) -> Report:
     """Compare a build with onnxruntime.
@@ -114,6 +115,7 @@ def verify(
         text, tokens: one prompt, as text for the checkpoint's tokenizer or as token ids; default: a few random ones.
         steps: greedy tokens after each prompt.
         ndev: devices that share the engine's model.
+        dev_ids: which devices, ``ndev`` different numbers; default: 0, 1, ...
         progress: called with a line per stage.
 
     Raises:
@@ -127,7 +129,10 @@ def verify(
     chosen = None if model is None else Path(model)
     reference_folder, engine_folder = _folders(build, sizes, chosen)
     prompts = make_prompts(sizes, build, chosen, text, tokens, steps)
-    infinicore.load(build.data, ndev=ndev)
+    if ndev < 1:
+        raise ConfigError(f"--ndev {ndev}: expected at least 1")
+    ids = device_numbers(ndev, dev_ids)
+    infinicore.check_devices(infinicore.load(build.data, ndev=ndev, device_id=ids[0]), build.data, ids)
     seconds: dict[str, float] = {}
 
     def timed(name: str, line: str) -> Callable[[], None]:
@@ -149,7 +154,7 @@ def verify(
         )
     greedy = [[int(row.argmax()) for row in rows[:steps]] for rows in expected]
     done = timed("engine", "running the engine")
-    with Qwen3ForCausalLM(engine_folder, device=device, build=build.folder, ndev=ndev) as engine:
+    with Qwen3ForCausalLM(engine_folder, device=device, build=build.folder, ndev=ndev, dev_ids=ids) as engine:
         found, choices = run_engine(engine, prompts, greedy)
     done()
     dtypes = tuple(d for d in (sizes.dtype, rounds_to) if d is not None and d != "f32")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,34 @@ class Target:
 
     def as_of(self, date: str) -> Target:
         """This target under an InfiniCore of that day (ISO, exclusive): without the ops that came to main later."""
-        return replace(self, ops={k: v for k, v in self.ops.items() if not v.since or v.since < date})
+        name = "0.1.0" if date == RELEASE_0_1_0 else f"of {date}"
+        missing = {
+            op: f"{op} on {self.name} is not in InfiniCore {name} (there since {support.since}: --infinicore DIR for an installation that has it)"
+            for op, support in self.ops.items()
+            if support.since >= date
+        }
+        if not missing:
+            return self
+        ops = {op: support for op, support in self.ops.items() if op not in missing}
+        given = {f.name: getattr(self, f.name) for f in fields(Target)}
+        return PartialTarget(**{**given, "ops": ops}, missing=missing)
+
+
+@dataclass(frozen=True)
+class PartialTarget(Target):
+    """A target under an InfiniCore that has not all of its record: what was taken away is refused with the reason.
+
+    Attributes:
+        missing: per op or collective that was taken away, why.
+    """
+
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, op: str, *args: Any, **kwargs: Any) -> str:
+        return self.missing.get(op) or super().refusal(op, *args, **kwargs)
+
+    def collective_refusal(self, collective: str, dtype: str) -> str:
+        return self.missing.get(collective) or super().collective_refusal(collective, dtype)
 
 
 def _listed(values: tuple[int, ...]) -> str:

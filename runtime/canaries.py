@@ -173,7 +173,10 @@ def check(find: Callable[[str], Any], root: Path, manifest: Mapping[str, Any], d
             try:
                 with ExitStack() as cleanup:
                     bench = _Bench(find, root, manifest["target"], cleanup)
-                    bench.call("infinirtSetDevice", device, device_id)
+                    status = bench.status("infinirtSetDevice", device, device_id)
+                    if status:
+                        what = f"infinirtSetDevice (device {device_id} of target {manifest['target']})"
+                        raise InfiniCoreError(what, status, STATUS_NAMES.get(status, ""))
                     for name, create, call in todo:
                         _check(bench, name, create, call, sizes)
             except BaseException as error:

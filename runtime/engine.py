@@ -254,7 +254,13 @@ class Engine:
         self._call("setCapture", int(on))
 
     def counter(self, name: str) -> int:
-        """plans_built, plans_evicted, descriptors_created, device_allocations, h2d_copies or steps."""
+        """What the first device has done or holds so far; 0 for a name that is none of these.
+
+        Args:
+            name: ``steps``, ``plans_built``, ``plans_evicted``, ``descriptors_created``, ``device_allocations``, ``h2d_copies``, ``graphs_captured``,
+                ``graphs_replayed``, ``captures_failed``, ``collectives``; or in bytes ``collective_bytes`` (that it put in), ``weight_bytes`` (that it reads),
+                ``device_bytes`` (of device memory beside weights).
+        """
         with self._lock:
             return int(self._library.getQwen3Counter(self._open("getQwen3Counter"), name.encode()))
 

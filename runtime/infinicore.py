@@ -134,14 +134,15 @@ def _call(provider: Provider, function: str, *arguments: Any) -> None:
 def choose(manifest: dict[str, Any]) -> Path:
     """The root folder of the InfiniCore for a build: INFINI_ROOT, else what the manifest says.
 
-    A build for a device other than the CPU needs an installed InfiniCore, unless it was made for the simulator.
+    A build for the simulator takes the embedded library, whatever INFINI_ROOT says: no other has one. Any other build for a device other than the CPU needs an
+    installed InfiniCore.
     """
     target, device = manifest["target"], int(manifest["device"])
     asked = manifest["infinicore"]
-    from_environment = os.environ.get("INFINI_ROOT")
+    from_environment = None if manifest.get("simulate") else os.environ.get("INFINI_ROOT")
     if from_environment:
         return _folder(Path(from_environment), "INFINI_ROOT")
-    if asked not in ("embedded", "any"):
+    if asked not in ("embedded", "any") and not manifest.get("simulate"):
         return _folder(Path(asked), "the build's InfiniCore")
     if device != DeviceType.DEVICE_TYPE_CPU and not manifest.get("simulate"):
         raise UnsupportedError(
@@ -170,6 +171,7 @@ def load(manifest: dict[str, Any], *, ndev: int = 1, device_id: int = 0) -> Prov
 
     Raises:
         BuildError: it is not there, not loadable, or a second one in this process.
+        ConfigError: there is no such device.
         UnsupportedError: an op is missing, or takes its arguments otherwise than the build gives them.
         InfiniCoreError: the device does not work.
     """
@@ -189,17 +191,13 @@ def load(manifest: dict[str, Any], *, ndev: int = 1, device_id: int = 0) -> Prov
             _simulate(provider, manifest)
         elif int(manifest["device"]) in _simulated:
             _stop_simulating(provider, manifest)
+    check_devices(provider, manifest, [device_id])
     canaries.check(provider.function, provider.root, manifest, device_id)
     return provider
 
 
 def _simulate(provider: Provider, manifest: dict[str, Any]) -> None:
     """Let the embedded library play the device that the build is for; a record that plays already stays."""
-    if not provider.has(SIMULATOR_SYMBOL):
-        raise UnsupportedError(
-            f"this build is for a simulated {manifest['target']}, and the InfiniCore at {provider.root} has no simulator: "
-            "unset INFINI_ROOT, or build without --simulate"
-        )
     device, record = int(manifest["device"]), manifest["simulate"]
     if _simulated.get(device) == record:
         return
@@ -227,9 +225,13 @@ def _stop_simulating(provider: Provider, manifest: dict[str, Any]) -> None:
 
 def _is_good_enough(manifest: dict[str, Any]) -> bool:
     """Whether what is loaded needs no further look: the build takes any, or the embedded one and has it."""
-    if _loaded is None or os.environ.get("INFINI_ROOT"):
+    if _loaded is None:
         return False
-    if _loaded.embedded and int(manifest["device"]) != DeviceType.DEVICE_TYPE_CPU and not manifest.get("simulate"):
+    if manifest.get("simulate"):
+        return _loaded.embedded
+    if os.environ.get("INFINI_ROOT"):
+        return False
+    if _loaded.embedded and int(manifest["device"]) != DeviceType.DEVICE_TYPE_CPU:
         return False  # it has no such device
     return manifest["infinicore"] == "any" or (manifest["infinicore"] == "embedded" and _loaded.embedded)
 
@@ -251,6 +253,25 @@ def check_collectives(provider: Provider, manifest: dict[str, Any], ndev: int) -
         if not provider.has(f"infiniccl{name}"):
             raise UnsupportedError(
                 f"the InfiniCore at {provider.root} has no infiniccl{name}, which {ndev} devices need: use one device"
+            )
+
+
+def device_count(provider: Provider, device: int) -> int | None:
+    """How many devices of a type there are; None if this InfiniCore cannot say."""
+    function, count = provider.function("infinirtGetDeviceCount"), ctypes.c_int()
+    if function is None or function(ctypes.c_int(device), ctypes.byref(count)):
+        return None
+    return count.value
+
+
+def check_devices(provider: Provider, manifest: dict[str, Any], numbers: Iterable[int]) -> None:
+    """ConfigError naming the first of these devices of the build's type that is not there."""
+    count, target = device_count(provider, int(manifest["device"])), manifest["target"]
+    for number in numbers if count is not None else ():
+        if number >= (count or 0):
+            there = f"{count}, numbered from 0" if count else "none"
+            raise ConfigError(
+                f"there is no device {number} of target {target}: the InfiniCore at {provider.root} has {there}"
             )
 
 

@@ -62,6 +62,16 @@ _LOGITS_BYTES = 128 << 20  # at most this much of float32 logits at a time where
 _T = TypeVar("_T")
 
 
+def device_numbers(ndev: int, dev_ids: Sequence[int] | None) -> list[int]:
+    """The devices that ``ndev`` and ``dev_ids`` mean; ConfigError if these are not as many different numbers."""
+    ids = list(range(ndev)) if dev_ids is None else list(dev_ids)
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ConfigError(f"dev_ids is {ids}, expected device numbers, at least 0")
+    if len(ids) != ndev or len(set(ids)) != ndev:
+        raise ConfigError(f"dev_ids is {ids}, expected {ndev} different device numbers (ndev)")
+    return ids
+
+
 class Qwen3ForCausalLM:
     """A loaded model.
 
@@ -112,9 +122,7 @@ class Qwen3ForCausalLM:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number, at least 1")
-        ids = list(range(ndev)) if dev_ids is None else list(dev_ids)
-        if len(ids) != ndev or len(set(ids)) != ndev or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise ConfigError(f"dev_ids is {ids}, expected {ndev} different device numbers (ndev)")
+        ids = device_numbers(ndev, dev_ids)
         dtype = None if dtype is None else dtype_name(dtype)
         folder = None if model_dir_path is None else Path(model_dir_path).expanduser()
         if folder is not None and not folder.is_dir():
@@ -126,7 +134,8 @@ class Qwen3ForCausalLM:
         self.prefill_chunk = prefill_chunk
         meta = meta_from_manifest(self.build, max_tokens)
         library_path = self.build.library
-        infinicore.load(self.build.data, ndev=ndev, device_id=ids[0])
+        provider = infinicore.load(self.build.data, ndev=ndev, device_id=ids[0])
+        infinicore.check_devices(provider, self.build.data, ids)
         # A build from ONNX may keep its weights elsewhere than where the tokenizer lies.
         weights = Qwen3WeightsImpl.from_manifest(self.build, self.build.weights_folder(folder), ndev, check_weights)
         self.weight_bytes, self.weight_bytes_per_token = weights.nbytes, weights.nbytes_per_token

@@ -23,10 +23,10 @@ def faulty_build(builder: Builder, target: str, dtype: str, kv: str) -> Path:
     folder = builder.root / f"faulty-{target}-{dtype}-{kv}"
     shutil.copytree(sources, folder)
     shutil.copy(SHIM, folder)
-    # Symbolic: the library's own definitions before those that are loaded already.
+    # The library's own definitions before those that are loaded already.
     with (folder / "CMakeLists.txt").open("a") as file:
         file.write(f"target_sources(qwen3 PRIVATE {SHIM.name})\n")
-        file.write("target_link_options(qwen3 PRIVATE -Wl,-Bsymbolic)\n")
+        file.write("target_link_options(qwen3 PRIVATE -Wl,-Bsymbolic-functions)\n")
         file.write("target_link_libraries(qwen3 PRIVATE ${CMAKE_DL_LIBS})\n")
     compile_engine(folder, headers("embedded"), optimise=False)
     return folder

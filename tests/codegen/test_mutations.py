@@ -13,13 +13,11 @@ from codegen.calls import CALLS, OLDER
 from codegen.toolchain import compile_engine
 from runtime.errors import InfiniCoreError
 from tests.codegen.engines import Builder
-from tests.codegen.simulated import build_all, compare, config, open_simulated
-from tests.codegen.test_engine import EXACT
+from tests.codegen.simulated import bounds_of, build_all, compare, config, open_simulated
 
 # f32 has the tightest bound; bf16 where the target has paged caches in half precision alone. Wrong results are off by far more than either.
 PAGED = dict(target="nvidia", dtype="bf16", kv="paged")
 CONTIGUOUS = dict(target="nvidia", dtype="f32", kv="contiguous")
-HALF = 0.03
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def check(builds, build_engine: Builder, tmp_path: Path) -> Callable[..., float]
             (folder / "qwen3.cpp").write_text(source.replace(old, new))
             compile_engine(folder, headers("embedded"), optimise=False)
         reference = build_engine.reference(build_engine.checkpoint(config()))
-        s = open_simulated(folder, reference, EXACT if options["dtype"] == "f32" else HALF, ndev)
+        s = open_simulated(folder, reference, bounds_of(build_engine, **options), ndev)
         try:
             return compare(s)
         finally:

@@ -7,7 +7,6 @@ both read that.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import pytest
 
 from codegen.build import build_model
 from tests.codegen.engines import Builder
-from tests.codegen.simulated import RAGGED, build_all, compare, config, open_simulated
-from tests.codegen.test_engine import EXACT, rounding_error
+from tests.codegen.simulated import RAGGED, bounds_of, build_all, compare, config, open_simulated
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "targets"
 
@@ -31,12 +29,13 @@ class Facts:
     collectives: bool = True
     gathers: bool = False  # infiniccl has AllGather
     captures: bool = False  # streams can be captured
+    captures_collectives: bool = False  # what infiniccl queues can be captured as well, and is known to be (NCCL documents it)
     add_rms_norm: bool = True
 
 
 FACTS = {
     "cpu": Facts(0, paged=False, collectives=False),
-    "nvidia": Facts(1, gathers=True, captures=True),
+    "nvidia": Facts(1, gathers=True, captures=True, captures_collectives=True),
     "cambricon": Facts(2, uncertain=True),
     "ascend": Facts(3, captures=True, add_rms_norm=False),
     "metax": Facts(4, uncertain=True, captures=True),
@@ -59,43 +58,35 @@ def builds(build_engine: Builder) -> dict[str, Path]:
     return build_all(build_engine, [dict(target=t, dtype=d, kv=form(t, d)) for t, d in CASES])
 
 
-@pytest.fixture(scope="module")
-def bound(build_engine: Builder) -> Callable[[str], float]:
-    """Relative L2: rounding in float32; in bf16 twice what rounding each result once does (see test_engine.bounds)."""
-    checkpoint = build_engine.checkpoint(config())
-    half = 2 * rounding_error(build_engine, checkpoint, build_engine.reference(checkpoint), "bf16")
-    return lambda dtype: EXACT if dtype == "f32" else half
-
-
 @pytest.mark.parametrize("ndev", [1, 2, 4])
 @pytest.mark.parametrize("target, dtype", CASES)
-def test_simulated_target_equals_onnxruntime(target, dtype, ndev, builds, bound, build_engine):
+def test_simulated_target_equals_onnxruntime(target, dtype, ndev, builds, build_engine):
     facts = FACTS[target]
     kv = form(target, dtype)
     folder = builds[f"{target}-{dtype}-{kv}"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["device"] == facts.device and manifest["kv"]["form"] == kv
     reference = build_engine.reference(build_engine.checkpoint(config()))
+    bounds = bounds_of(build_engine, target, dtype, kv)
     if ndev > 1 and not facts.collectives:
         with pytest.raises(Exception, match="has no collectives|infiniccl"):
-            open_simulated(folder, reference, bound(dtype), ndev)
+            open_simulated(folder, reference, bounds, ndev)
         return
-    s = open_simulated(folder, reference, bound(dtype), ndev)
+    s = open_simulated(folder, reference, bounds, ndev)
     try:
         compare(s)
         count = s.engine.counter
         assert count("h2d_copies") == count("steps")  # one copy per step, whatever is in it
-        captured = facts.captures and kv == "paged"
+        captured = facts.captures and kv == "paged" and (ndev == 1 or facts.captures_collectives)
         assert (count("graphs_captured") > 0) == (count("graphs_replayed") > 0) == captured
-        # Two sums per layer, and where the vocabulary is cut one gathering, per step that was launched as calls.
-        launched = count("steps") - count("graphs_replayed") + count("graphs_captured")
-        assert count("collectives") == (0 if ndev == 1 else launched * (2 * 3 + facts.gathers))
+        # Two sums per layer, and where the vocabulary is cut one gathering, in every step: as calls or in a replayed graph.
+        assert count("collectives") == (0 if ndev == 1 else count("steps") * (2 * 3 + facts.gathers))
     finally:
         s.engine.close()
 
 
 @pytest.mark.parametrize("target", FACTS)
-def test_two_devices_hold_half_each(target, builds, bound, build_engine):
+def test_two_devices_hold_half_each(target, builds, build_engine):
     """Weights that are cut are held once by all devices together; norms and the embedding by each."""
     facts = FACTS[target]
     if not facts.collectives:
@@ -104,7 +95,7 @@ def test_two_devices_hold_half_each(target, builds, bound, build_engine):
     reference = build_engine.reference(build_engine.checkpoint(config()))
     held = {}
     for ndev in (1, 2):
-        s = open_simulated(folder, reference, EXACT, ndev)
+        s = open_simulated(folder, reference, bounds_of(build_engine, target, "f32", "contiguous"), ndev)
         held[ndev] = s.engine.counter("weight_bytes")
         s.engine.close()
     c = config()

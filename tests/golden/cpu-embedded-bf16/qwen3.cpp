@@ -881,7 +881,6 @@ infiniStatus_t inferDeviceBatch(const Qwen3Meta &meta, DeviceResource &rsrc, con
     static_cast<void>(meta); // its scales came with rsrc.meta; the rest is compiled in
     ++rsrc.counters.steps;
     ++rsrc.counters.h2d_copies;
-    rsrc.joined = 0;
     QWEN3_CHECK(infinirtMemcpyAsync(rsrc.inputs.data(), staging.inputs.data(), Inputs::bytes(staging.shape), INFINIRT_MEMCPY_H2D, rsrc.context.stream), "infinirtMemcpyAsync (inputs)");
     return launchCalls(rsrc, staging);
 }
@@ -1206,6 +1205,7 @@ infiniStatus_t runBatch(Qwen3Model &model, const Batch &batch, uint32_t samples,
     model.failures = 0;
     QWEN3_TRY(onEach(model.devices, [&](DeviceResource &rsrc) {
         rsrc.failed_as = 0;
+        rsrc.joined = 0;
         return prepareStep(rsrc, model.staging, samples);
     }));
     if (model.devices.size() > 1) {
