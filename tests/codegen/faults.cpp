@@ -30,6 +30,7 @@
     F(infinirtStreamEndCapture, (infinirtStream_t s, infinirtGraph_t *graph), (s, graph))                                                           \
     F(infinirtGraphInstantiate, (infinirtGraphExec_t *exec, infinirtGraph_t graph, infinirtGraphNode_t *node, char *log, size_t size), (exec, graph, node, log, size)) \
     F(infinirtGraphLuanch, (infinirtGraphExec_t exec, infinirtStream_t s), (exec, s))                                                               \
+    F(infiniopCreateTensorDescriptor, (infiniopTensorDescriptor_t * desc, size_t ndim, const size_t *shape, const ptrdiff_t *strides, infiniDtype_t dtype), (desc, ndim, shape, strides, dtype)) \
     F(infiniopGemm, (infiniopGemmDescriptor_t desc, void *workspace, size_t size, void *c, const void *a, const void *b, float alpha, float beta, void *s), (desc, workspace, size, c, a, b, alpha, beta, s)) \
     F(infiniopRandomSample, (infiniopRandomSampleDescriptor_t desc, void *workspace, size_t size, void *result, const void *probs, float random, float topp, int topk, float temperature, void *s), (desc, workspace, size, result, probs, random, topp, topk, temperature, s)) \
     F(infinicclAllReduce, (void *from, void *to, size_t count, infiniDtype_t dtype, infinicclReduceOp_t op, infinicclComm_t comm, infinirtStream_t s), (from, to, count, dtype, op, comm, s)) \
@@ -103,15 +104,19 @@ Pointer real(const char *name) {
 
 } // namespace
 
-#define FAULTS_DEFINE(NAME, PARAMS, ARGS)                                  \
-    infiniStatus_t NAME PARAMS {                                           \
-        static const auto next = real<decltype(&NAME)>(#NAME);             \
-        infiniStatus_t status = enter(AT_##NAME);                          \
-        if (status == INFINI_STATUS_SUCCESS) {                             \
-            status = next ARGS;                                            \
-            leave(AT_##NAME, status);                                      \
-        }                                                                  \
-        return status;                                                     \
+// What ends something fails after it has ended it: a stream whose capture went wrong captures no more, and one that reports a failed kernel has nothing left to do.
+constexpr bool endsSomething(Function function) { return function == AT_infinirtStreamSynchronize || function == AT_infinirtStreamEndCapture; }
+
+#define FAULTS_DEFINE(NAME, PARAMS, ARGS)                                         \
+    infiniStatus_t NAME PARAMS {                                                  \
+        static const auto next = real<decltype(&NAME)>(#NAME);                    \
+        const infiniStatus_t planted = enter(AT_##NAME);                          \
+        if (planted != INFINI_STATUS_SUCCESS && !endsSomething(AT_##NAME)) {      \
+            return planted;                                                       \
+        }                                                                         \
+        const infiniStatus_t status = next ARGS;                                  \
+        leave(AT_##NAME, status);                                                 \
+        return planted != INFINI_STATUS_SUCCESS ? planted : status;               \
     }
 FAULTS_FUNCTIONS(FAULTS_DEFINE)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from codegen.build import headers
 from codegen.toolchain import compile_engine
+from runtime import infinicore
+from runtime.manifest import read_build
 from tests.codegen.engines import Builder
 from tests.codegen.simulated import config
 
@@ -16,35 +19,49 @@ SHIM = Path(__file__).with_name("faults.cpp")
 PLANTED = 10  # a status that nothing here gives by itself
 
 
+# Paged caches, captured decode steps, logits that are gathered from all devices; and none of these.
+FAULTY = {"paged": ("nvidia", "bf16", "paged"), "contiguous": ("cambricon", "f32", "contiguous")}
+
+
 @lru_cache(maxsize=None)
-def faulty_build(builder: Builder, target: str, dtype: str, kv: str) -> Path:
-    """A build of simulated.MODEL with the shim in its library; the emitted source is as it always is."""
-    sources = builder(builder.checkpoint(config()), target=target, dtype=dtype, kv=kv, simulate=True, emit_only=True)
-    folder = builder.root / f"faulty-{target}-{dtype}-{kv}"
-    shutil.copytree(sources, folder)
-    shutil.copy(SHIM, folder)
-    # The library's own definitions before those that are loaded already.
-    with (folder / "CMakeLists.txt").open("a") as file:
-        file.write(f"target_sources(qwen3 PRIVATE {SHIM.name})\n")
-        file.write("target_link_options(qwen3 PRIVATE -Wl,-Bsymbolic-functions)\n")
-        file.write("target_link_libraries(qwen3 PRIVATE ${CMAKE_DL_LIBS})\n")
-    compile_engine(folder, headers("embedded"), optimise=False)
-    return folder
+def faulty_builds(builder: Builder) -> dict[str, Path]:
+    """Builds of simulated.MODEL with the shim in their libraries, by key of FAULTY; the emitted source is as it always is."""
+    checkpoint = builder.checkpoint(config())
+
+    def build(kv: str) -> Path:
+        options = dict(zip(("target", "dtype", "kv"), FAULTY[kv]))
+        sources = builder(checkpoint, simulate=True, emit_only=True, **options)
+        folder = builder.root / f"faulty-{kv}"
+        shutil.copytree(sources, folder)
+        shutil.copy(SHIM, folder)
+        # The library's own definitions before those that are loaded already.
+        with (folder / "CMakeLists.txt").open("a") as file:
+            file.write(f"target_sources(qwen3 PRIVATE {SHIM.name})\n")
+            file.write("target_link_options(qwen3 PRIVATE -Wl,-Bsymbolic-functions)\n")
+            file.write("target_link_libraries(qwen3 PRIVATE ${CMAKE_DL_LIBS})\n")
+        compile_engine(folder, headers("embedded"), optimise=False)
+        return folder
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FAULTY, pool.map(build, FAULTY)))
 
 
 class Faults:
-    """The shim of one library.
+    """The shim of one build; nothing is planted at first.
 
     Args:
-        library: path of a faulty_build's library.
+        build: one of faulty_builds().
     """
 
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+    def __init__(self, build: Path) -> None:
+        found = read_build(build)
+        infinicore.load(found.data)
+        self._library = ctypes.CDLL(str(found.library))
         self._library.faultsCount.restype = ctypes.c_uint64
         for name in ("faultsLiveAllocations", "faultsFailedFrees"):
             getattr(self._library, name).restype = ctypes.c_int64
         self._library.faultsPlant.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+        self.clear()
 
     def plant(self, function: str, device: int = -1, after: int = 0, status: int = PLANTED) -> None:
         """The call of ``function`` on ``device`` (-1: on any) that comes after ``after`` others from now on fails, once."""

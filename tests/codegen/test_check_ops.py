@@ -18,7 +18,7 @@ import pytest
 
 from codegen.__main__ import main
 from codegen.calls import CALLS
-from codegen.check_ops_calls import ROW_COPIES, Tensor, Use, enumerate_calls, steps_of
+from codegen.check_ops_calls import COLLECTIVES, ROW_COPIES, Tensor, Use, enumerate_calls, steps_of
 from codegen.check_ops_device import Region
 from codegen.command_check_ops import uses_of
 from ir import text
@@ -66,7 +66,7 @@ def test_every_op_of_the_engine_is_in_the_table(form, dtype, build, uses):
     assert {use.call.op for use in there} == called
     # and with it every function that the emitted C++ creates (one of them only where there are several devices)
     several = uses_of(found, None, 2)[0] if found.data["shard"] else []
-    names = {use.call.spec.name for use in [*there, *several] if use.call.op not in ROW_COPIES}
+    names = {use.call.spec.name for use in [*there, *several] if use.call.op not in (*ROW_COPIES, *COLLECTIVES)}
     created = {re.fullmatch(r"infiniopCreate(\w+)Descriptor", s) for s in found.data["ops"]}
     assert {match.group(1) for match in created if match} == names
 
@@ -237,6 +237,7 @@ def test_the_report_for_people(build):
     assert "o0=bf16[3, 384] i0=bf16[3, 384](768, 1) i1=bf16[3, 384](768, 1)" in "\n".join(rows)
     assert all(row.endswith("  ok") for row in rows)
     assert lines[-1] == f"{len(rows) + 1} of {len(rows) + 1} operators ok"
+    assert "not run, for devices meet there: all_gather, all_reduce; --ndev N runs them on N devices" in lines
 
 
 SHIM = r"""
@@ -405,7 +406,8 @@ def test_what_a_device_refuses(build_engine, tmp_path):
         (["--prompt-len", "513"], "--prompt-len 513: expected 1 to 512"),
         (["--prompt-len", "x"], "--prompt-len x: expected a number"),
         (["--only", "gemm,relu"], "--only relu: the engine has no such op; expected some of add_rms_norm, embedding"),
-        (["--ndev", "4"], "--ndev 4: "),
+        (["--ndev", "4"], "--ndev 4: the model's 2 key/value heads cannot be shared evenly by 4 devices"),
+        (["--only", "all_reduce"], "--only all_reduce: takes several devices; expected --ndev N with it"),
         (["--timeout", "0"], "--timeout 0: expected a number, 1 or more"),
         (["--seed", "-1"], "--seed -1: expected a number, 0 or more"),
     ],
@@ -447,6 +449,12 @@ def test_bad_folders_are_one_line(damage, expected, build, tmp_path, capsys):
     assert run_cli(main, ["check-ops", str(folder)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and expected in lines[0]
+
+
+def test_a_device_that_is_not_there_is_one_line(build):
+    done = command(build("paged", "bf16"), "--dev-id", "77")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "there is no device 77 of target cpu" in done.stderr
 
 
 def test_a_library_that_is_not_there_is_one_line(build, tmp_path):

@@ -26,6 +26,7 @@ from frontend.export import export
 from ir.errors import run_cli
 from passes.lower import to_model
 from passes.targets import select
+from runtime.engine import Engine
 from runtime.manifest import read_build
 from tests.codegen.engines import EXAMPLE, Builder
 from tests.models import random_weights, reference_logits, relative_l2
@@ -109,6 +110,22 @@ def test_all_that_was_found_is_in_the_json(build, capsys):
     assert report["bound"]["relative_l2"] == 1e-5
     for step in report["results"][0]:
         assert step["engine_token"] == step["reference_token"] and 0 <= step["relative_l2"] <= 1e-5
+
+
+@pytest.mark.parametrize("numbers", [[3], [2, 1]])
+def test_devices_are_chosen_by_their_numbers(numbers, build_engine, monkeypatch, capsys):
+    seen: list[list[int]] = []
+    right = Engine.__init__
+
+    def noted(self, library, meta, weights, device, dev_ids):
+        seen.append(list(dev_ids))
+        right(self, library, meta, weights, device, dev_ids)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    options = ["--ndev", len(numbers), "--dev-ids", ",".join(map(str, numbers)), "--tokens", "5,4,3", "--steps", 1]
+    status, out, err = command(capsys, build_engine(EXAMPLE), *options)
+    assert status == 0, out + err
+    assert seen == [numbers]
 
 
 def test_both_sides_get_the_references_tokens(build):
@@ -226,6 +243,11 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "steps that are no number": (["--steps", "many"], "--steps many"),
     "text without a tokenizer": (["--prompt", "hello"], "tokenizer.json"),
     "model that is not there": (["--model", "nowhere"], "nowhere"),
+    "devices that are no numbers": (["--dev-ids", "0,x"], "--dev-ids '0,x'"),
+    "negative device": (["--dev-ids=-1"], "dev_ids is [-1], expected device numbers, at least 0"),
+    "more devices than shared": (["--dev-ids", "0,1"], "expected 1 different device numbers"),
+    "device that is not there": (["--dev-ids", "99"], "there is no device 99 of target cpu"),
+    "no device": (["--ndev", "0"], "--ndev 0: expected at least 1"),
     "model of other sizes": (["--model", str(EXAMPLE)], "was built for"),
 }
 

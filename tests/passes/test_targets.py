@@ -14,6 +14,7 @@ from passes.targets import (
     OPERANDS,
     TARGETS,
     Target,
+    record_of,
     select,
     targets,
 )
@@ -380,3 +381,13 @@ def test_an_older_install_lacks_what_came_later():
     assert targets()["kunlun"].ops["embedding"].since == "2026-07-07"
     assert {targets()[n].ops["embedding"].since for n in ("ascend", "cambricon")} == {"2026-06-15"}
     assert targets()["embedded"].as_of("2000-01-01") == targets()["embedded"]
+
+
+def test_what_an_older_install_lacks_is_refused_with_the_day():
+    ascend = select("ascend", "any")
+    rest = "(there since 2026-06-09: --infinicore DIR for an installation that has it)"
+    assert ascend.refusal("rope", "bf16") == f"rope on ascend is not in InfiniCore 0.1.0 {rest}"
+    assert ascend.refusal("mul", "bf16") == "ascend has no mul" and ascend.refusal("gemm", "bf16") == ""
+    assert "not in InfiniCore of 2026-06-09 " in targets()["ascend"].as_of("2026-06-09").refusal("rope", "bf16")
+    assert targets()["ascend"].as_of("2026-06-10").refusal("rope", "bf16") == ""
+    assert record_of(ascend).keys() == record_of(targets()["ascend"]).keys()  # a record is no place for reasons

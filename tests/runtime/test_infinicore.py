@@ -309,22 +309,52 @@ sys.modules["runtime.infinicpu.simulator"] = module
 """
 
 
+def embedded(root: Path) -> Path:
+    """Shells that look like the embedded library with its simulator."""
+    extra = 'int infinicpuSimulate(const char *) { return 0; } const char *infinicpuIsa() { return "portable"; }'
+    return shells(root, extra=extra)
+
+
+def instead_of_the_embedded(root: Path) -> str:
+    return f"from runtime import infinicpu\ninfinicpu.build = lambda: {str(root)!r}\n{PLAYED}"
+
+
 def test_a_simulated_device_is_registered_once(tmp_path: Path) -> None:
-    root = shells(tmp_path / "infini", extra="int infinicpuSimulate(const char *) { return 0; }")
+    root = embedded(tmp_path / "infini")
+    played = instead_of_the_embedded(root)
     ascend = manifest(target="ascend", record="ascend", device=3, simulate={"name": "ascend", "device": 3})
     cambricon = manifest(target="cambricon", record="cambricon", device=2, simulate={"name": "cambricon", "device": 2})
     show = "*played"
-    assert load(ascend, ascend, cambricon, ascend, root=root, before=PLAYED, show=show) == (
-        "(True, 'ascend') (True, 'cambricon')"
-    )
+    assert load(ascend, ascend, cambricon, ascend, before=played, show=show) == ("(True, 'ascend') (True, 'cambricon')")
     changed = {**ascend, "simulate": {"name": "other", "device": 3}}
-    assert load(ascend, changed, root=root, before=PLAYED, show=show) == "(True, 'ascend') (True, 'other')"
-    assert load(manifest(simulate=None), root=root, before=PLAYED, show=show) == ""
+    assert load(ascend, changed, before=played, show=show) == "(True, 'ascend') (True, 'other')"
+    assert load(manifest(simulate=None), before=played, show=show) == ""
 
 
-def test_only_the_embedded_library_can_simulate(real: Path) -> None:
+def test_infini_root_is_not_for_simulated_builds(real: Path, tmp_path: Path) -> None:
+    root = embedded(tmp_path / "infini")
+    played = instead_of_the_embedded(root)
     ascend = manifest(target="ascend", record="ascend", device=3, simulate={"name": "ascend", "device": 3})
-    assert load(ascend, root=real) == (
-        f"UnsupportedError this build is for a simulated ascend, and the InfiniCore at {real} has no simulator: "
-        "unset INFINI_ROOT, or build without --simulate"
+    for root_of_the_person in (None, real, tmp_path):
+        assert load(ascend, ascend, root=root_of_the_person, before=played) == f"{root} True 1 3"
+    # One InfiniCore per process holds for it as well, and the other one is not taken for it.
+    assert load(manifest(), ascend, root=real, before=played).startswith(
+        f"BuildError this process already uses the InfiniCore at {real}"
     )
+
+
+@pytest.mark.parametrize("count, there", [(3, "3, numbered from 0"), (0, "none")])
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, count: int, there: str) -> None:
+    extra = f"int infinirtGetDeviceCount(int device, int *count) {{ *count = device == 4 ? {count} : 9; return 0; }}"
+    root = shells(tmp_path / "infini", extra=extra)
+    metax = manifest(target="metax", record="metax", device=4)
+    assert load(metax, root=root, options=", device_id=3") == (
+        f"ConfigError there is no device 3 of target metax: the InfiniCore at {root} has {there}"
+    )
+    if count:
+        assert load(metax, root=root, options=", device_id=2") == f"{root} False 1 3"
+
+
+def test_an_infinicore_that_cannot_count_its_devices_is_taken(tmp_path: Path) -> None:
+    root = shells(tmp_path / "infini", extra="int infinirtGetDeviceCount(int, int *count) { *count = 0; return 5; }")
+    assert load(manifest(), root=root, options=", device_id=3") == f"{root} False 1 3"
