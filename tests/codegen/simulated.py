@@ -122,7 +122,8 @@ class Comparison:
         """The largest relative L2 error of many rows together."""
         if self.few:
             assert sum(len(found) for found, _ in self.few) >= FEW
-            self._pooled(*(np.concatenate(rows) for rows in zip(*self.few)), "all steps of few rows")
+            found, expected = (np.concatenate(rows) for rows in zip(*self.few))
+            self._pooled(found, expected, "all steps of few rows")
         return self.worst
 
     def _pooled(self, found: np.ndarray, expected: np.ndarray, what: str) -> None:

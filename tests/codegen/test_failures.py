@@ -5,6 +5,7 @@ faults.cpp stands between the engine and InfiniCore; see faulty.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from tests.codegen.simulated import DEVICE_IDS, Bounds, Comparison, Simulated, b
 
 LAYERS, KV_HEADS = config()["num_hidden_layers"], config()["num_key_value_heads"]
 SAID = rf"status {PLANTED} \({STATUS_NAMES[PLANTED]}\)"
+# Out of device memory for caches has a status of its own; the rest say what failed, and on what.
+SAID_OF_MEMORY = re.compile(
+    rf"(infini\w+.* \([\w ]+\)|infini\w+ .*|\w+): {SAID}|KV (cache|pool) of \d+ bytes: status 13"
+)
 # Two requests whose next tokens lie beside the end of a block, and inside one.
 LENGTHS = (15, 4)
 
@@ -71,7 +76,7 @@ def started(builds, build_engine: Builder, monkeypatch) -> Iterator[Callable[...
     """``started(kv, ndev, timeout_ms=...) -> Requests``. Whatever happened in a test, closing the engine gives back all its memory."""
     opened: list[Requests] = []
 
-    def start(kv: str, ndev: int, timeout_ms: int = 60000) -> Requests:
+    def start(kv: str, ndev: int, timeout_ms: int = 20000) -> Requests:
         monkeypatch.setenv("INFINICPU_CCL_TIMEOUT_MS", str(timeout_ms))
         options = FAULTY[kv]
         faults = Faults(builds[kv])
@@ -111,7 +116,7 @@ FAULTS_IN_A_STEP = {
 @pytest.mark.parametrize("rank, ndev", [(0, 1), (0, 2), (1, 2), (2, 4)])
 @pytest.mark.parametrize("kv", FAULTY)
 def test_a_device_that_fails_in_a_step_leaves_the_model_usable(kv, rank, ndev, started):
-    """The others meet it in the rest of the step's collectives: had one of them waited for a minute, its collective would have failed and the model with it."""
+    """The others meet it in the rest of the step's collectives: had one of them waited for 20 s, its collective would have failed and the model with it."""
     r = started(kv, ndev)
     r.engine.set_capture(False)
     device = f"device {r.ids[rank]}: " if ndev > 1 else ""
@@ -179,9 +184,7 @@ def test_a_collective_that_fails_breaks_the_model(kv, function, what, rank, star
     r = started(kv, 2, timeout_ms=300)
     before = r.lengths()
     r.faults.plant(function, r.ids[rank], after=int(function == "infinicclAllReduce"))
-    said = rf"device {r.ids[rank]}: {what}: {SAID}".replace(
-        f" ({what.partition('(')[2]}", rf" \({what.partition('(')[2][:-1]}\)"
-    )
+    said = rf"device {r.ids[rank]}: {re.escape(what)}: {SAID}"
     with pytest.raises(InfiniCoreError, match=rf"^forwardBatch failed with status {PLANTED}: {said}"):
         r.step()
     assert r.lengths() == before
@@ -310,12 +313,20 @@ def life(r: Requests, attempt: Callable[[Callable[[], Any]], Any]) -> None:
     attempt(r.step)
 
 
-@pytest.mark.parametrize("kv, ndev", [("paged", 2), ("contiguous", 2), ("contiguous", 1)])
+# Descriptors are so many that each thirteenth has to do, but for a slow run.
 @pytest.mark.parametrize(
-    "function",
-    ["infinirtMalloc", "infinirtMallocHost", "infinirtMemcpy", "infinirtMemcpyAsync", "infiniopCreateTensorDescriptor"],
+    "function, by",
+    [
+        ("infinirtMalloc", 1),
+        ("infinirtMallocHost", 1),
+        ("infinirtMemcpy", 1),
+        ("infinirtMemcpyAsync", 1),
+        ("infiniopCreateTensorDescriptor", 13),
+        pytest.param("infiniopCreateTensorDescriptor", 1, marks=pytest.mark.slow),
+    ],
 )
-def test_every_one_in_turn_fails(function, kv, ndev, builds, build_engine):
+@pytest.mark.parametrize("kv, ndev", [("paged", 2), ("contiguous", 2), ("contiguous", 1)])
+def test_every_one_in_turn_fails(function, by, kv, ndev, builds, build_engine):
     """The first, the second, ... until there are no more: what was asked for can be asked for again, and nothing is left when the model goes."""
     options = FAULTY[kv]
     faults = Faults(builds[kv])
@@ -323,7 +334,7 @@ def test_every_one_in_turn_fails(function, kv, ndev, builds, build_engine):
     bounds = bounds_of(build_engine, *options)
     failed: list[str] = []
 
-    for after in range(1000):
+    for after in range(0, 5000, by):
         faults.plant(function, after=after)
         met: list[str] = []
         try:
@@ -352,5 +363,4 @@ def test_every_one_in_turn_fails(function, kv, ndev, builds, build_engine):
         failed += met
         if not faults.met:
             break
-    assert failed and not faults.met
-    print(function, kv, ndev, len(failed), *sorted(set(failed)), sep="\n  ")
+    assert failed and not faults.met and all(SAID_OF_MEMORY.search(text) for text in failed), sorted(set(failed))

@@ -76,7 +76,7 @@ def test_a_step_waits_for_each_device_once(kv, ndev, new, build_engine):
     def counts() -> dict[tuple[str, int], int]:
         return {(name, device): faults.count(name, device) for name in names for device in devices}
 
-    steps = range(40, 100, new)
+    steps = range(80, 100, new)
     with s.engine:
         caches = [s.engine.create_cache(120) for _ in range(2)]
         s.engine.forward([5] * 2 * steps.stop, [steps.stop] * 2, [0, 0], caches)

@@ -1248,10 +1248,13 @@ infiniStatus_t forwardBatch(Qwen3Model *model, const uint32_t *tokens, uint32_t 
         if (!rows && nrows != nreq) {
             return badParam("forwardBatch: nrows is " + std::to_string(nrows) + " for " + std::to_string(nreq) + " requests without rows");
         }
-        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, rows, nrows}, 0, [](qwen3::DeviceResource &) { return INFINI_STATUS_SUCCESS; }));
         const size_t count = size_t{nrows} * qwen3::DVOC;
         model->fetched.resize(count * qwen3::ELEM);
-        QWEN3_CHECK(infinirtMemcpy(model->fetched.data(), model->devices[0]->logits, model->fetched.size(), INFINIRT_MEMCPY_D2H), "infinirtMemcpy (logits)");
+        const auto fetch = [&](qwen3::DeviceResource &rsrc) -> infiniStatus_t {
+            QWEN3_CHECK(infinirtMemcpyAsync(model->fetched.data(), rsrc.logits, model->fetched.size(), INFINIRT_MEMCPY_D2H, rsrc.context.stream), "infinirtMemcpyAsync (logits)");
+            return INFINI_STATUS_SUCCESS;
+        };
+        QWEN3_TRY(qwen3::runBatch(*model, Batch{tokens, ntok, req_lens, nreq, req_pos, kv_caches, rows, nrows}, 0, fetch));
         for (size_t i = 0; i < count; ++i) {
             logits[i] = qwen3::toFloat(model->fetched.data(), qwen3::DT, i);
         }
