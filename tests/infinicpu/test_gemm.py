@@ -81,19 +81,39 @@ def test_beta_zero_does_not_read_c(dtype: np.dtype) -> None:
     assert np.isfinite(c.astype(np.float32)).all()
 
 
+# What a kernel does changes with the number of rows: columns one by one, tiles in place, packed panels, and their rests.
+ROW_COUNTS = (*range(1, 21), 23, 31, 32, 33, 36)
+
+
 @pytest.mark.parametrize("weight_layout", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_row_does_not_depend_on_the_batch(dtype: np.dtype, weight_layout: bool) -> None:
+@pytest.mark.parametrize(("n", "k"), [(67, 301), (149, 1131)])  # more than one panel of columns, and piece of k
+def test_a_row_does_not_depend_on_the_batch(dtype: np.dtype, weight_layout: bool, n: int, k: int) -> None:
     """Exactly the same bits, alone or among others: the summation order depends on the layout only."""
     rng = np.random.default_rng(6)
-    rows, n, k = 45, 67, 301
+    rows = 45
     a, b = strided(rng, (rows, k), dtype, False), strided(rng, (k, n), dtype, False, (1, 0) if weight_layout else None)
     together = np.zeros((rows, n), dtype)
     call("Gemm", [together, a, b], call_scalars=[f(1.0), f(0.0)])
-    for count in (1, 2, 3, 5, 13):
+    exact, size = reference(a, b, together, 1.0, 0.0)
+    check(together, exact, size, k)
+    for count in ROW_COUNTS:
         alone = np.zeros((count, n), dtype)
         call("Gemm", [alone, a[7 : 7 + count], b], call_scalars=[f(1.0), f(0.0)])
         np.testing.assert_array_equal(alone.astype(np.float32), together[7 : 7 + count].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_number_of_rows_with_strides(dtype: np.dtype) -> None:
+    """Rows of A, B and C with gaps between them, and at addresses that no vector is aligned to."""
+    rng = np.random.default_rng(7)
+    for m in ROW_COUNTS:
+        n, k = 50 + 3 * m, 2 * m + 61
+        a, c = strided(rng, (m, k), dtype, True)[:, 1:], strided(rng, (m, n), dtype, True)
+        b = strided(rng, (k, n), dtype, True, (1, 0))[1:]
+        exact, size = reference(a, b, c, 0.5, -1.0)
+        call("Gemm", [c, a, b], call_scalars=[f(0.5), f(-1.0)])
+        check(c, exact, size, k)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with INFINICPU_ISA naming it; the compiler's flags select the code in simd.h.
 
 #include "attention_kernels.h"
+#include "gemm_dot.h"
 #include "gemm_kernels.h"
 #include "row_kernels.h"
 
@@ -11,21 +12,26 @@
 
 namespace infinicpu {
 
+namespace {
+
 #if defined(__AVX512BF16__)
 using Bf16Dot = Bf16Product;
-constexpr bool BF16_NATIVE = true;
 #else
 using Bf16Dot = FloatProduct<float, BF16>;
-constexpr bool BF16_NATIVE = false;
 #endif
+
+template <class Product, class T>
+constexpr DotKernel dotKernel() {
+    return {DOT_ROWS, Product::STEP, sizeof(typename Product::A), packDotRows<Product, T>, dotScratchBytes<Product>, dotPanelColumns<Product>, gemmDot<Product, T>};
+}
+
+} // namespace
 
 extern const Kernels INFINICPU_CONCAT(KERNELS_, INFINICPU_ISA);
 const Kernels INFINICPU_CONCAT(KERNELS_, INFINICPU_ISA) = {
     INFINICPU_STRING(INFINICPU_ISA),
-    {gemmDot<FloatProduct<float, float>, float>, gemmDot<FloatProduct<float, F16>, F16>, gemmDot<Bf16Dot, BF16>},
+    {dotKernel<FloatProduct<float, float>, float>(), dotKernel<FloatProduct<float, F16>, F16>(), dotKernel<Bf16Dot, BF16>()},
     {gemmOuter<float, float>, gemmOuter<F16, F16>, gemmOuter<BF16, BF16>},
-    {true, false, BF16_NATIVE},
-    {gemmDot<FloatProduct<float, float>, float>, gemmDot<FloatProduct<float, float>, F16>, gemmDot<FloatProduct<float, float>, BF16>},
     {{rmsNorm<float, float>, rmsNorm<float, F16>, rmsNorm<float, BF16>},
      {rmsNorm<F16, float>, rmsNorm<F16, F16>, rmsNorm<F16, BF16>},
      {rmsNorm<BF16, float>, rmsNorm<BF16, F16>, rmsNorm<BF16, BF16>}},

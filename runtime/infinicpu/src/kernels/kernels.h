@@ -19,7 +19,7 @@ struct BF16 {
 
 // Part of C = alpha * A * B + beta * C: rows [m0, m1), columns [n0, n1).
 struct GemmBlock {
-    const void *a;    // element (m, k) at m * a_row + k * a_col
+    const void *a;    // element (m, k) at m * a_row + k * a_col; of a DotKernel: the packed tiles, m0 is one's first row
     const void *b;    // element (k, n) at k * b_row + n * b_col
     void *c;          // element (m, n) at m * c_row + n * c_col
     ptrdiff_t a_row, a_col;
@@ -29,6 +29,23 @@ struct GemmBlock {
     size_t n0, n1;
     size_t k;
     float alpha, beta;
+
+    // Of a DotKernel, whose columns of B are contiguous (b_row == 1) and rows of C too (c_col == 1):
+    bool single;          // A has one row in all, which is not padded to a tile
+    void *scratch;        // scratch_bytes(k), for calls with more than `rows` rows
+    size_t columns_ahead; // where, in columns from n0 on, B is probably wanted next: worth prefetching
+};
+
+// Products with a B that is contiguous along K, see gemm_dot.h.
+struct DotKernel {
+    size_t rows;   // of a tile of A
+    size_t step;   // a tile is `rows` times k elements, rounded up to a multiple of this
+    size_t a_size; // bytes of an element of packed A: the storage type's own, or f32's
+    // A tile of A (of `rows` rows, fewer in the last one) from the storage type. single: as in GemmBlock.
+    void (*pack)(const void *a, ptrdiff_t a_row, ptrdiff_t a_col, size_t rows, size_t k, bool single, void *packed);
+    size_t (*scratch_bytes)(size_t k);
+    size_t (*panel_columns)(size_t k); // a good width of a call with many rows is a multiple of this
+    void (*run)(const GemmBlock &);
 };
 
 struct NormRow {
@@ -89,22 +106,19 @@ constexpr size_t ATTENTION_KV_TILE = 64;
 constexpr size_t ATTENTION_MAX_ROWS = 32; // upper limit of tokens * group, unless tokens == 1
 
 constexpr size_t attentionScratchBytes(size_t rows, size_t dim, size_t value_dim) {
-    // q and the sums in f32, scores, maxima and sums of the rows, a converted tile of k or v; 64-byte aligned parts
-    return sizeof(float) * (rows * (dim + 16) + rows * (value_dim + 16) + rows * ATTENTION_KV_TILE + 2 * (rows + 16)
-                            + ATTENTION_KV_TILE * ((dim > value_dim ? dim : value_dim) + 16))
-         + 512;
+    // q and the sums, scores, maxima and sums of the rows, a packed or converted tile of k or v; 64-byte aligned parts, each
+    // with room for whole tiles and vectors
+    return sizeof(float) * ((rows + 8) * (dim + 32) + rows * (value_dim + 16) + rows * ATTENTION_KV_TILE + 2 * (rows + 16)
+                            + (ATTENTION_KV_TILE + 8) * ((dim > value_dim ? dim : value_dim) + 32))
+         + 1024;
 }
 
 struct Kernels {
     const char *name;
 
-    // [dtype]: f32, f16, bf16 (FloatIndex), of b and c. The layouts are described in gemm_kernels.h.
-    void (*gemm_dot[3])(const GemmBlock &);
-    void (*gemm_outer[3])(const GemmBlock &);
-    // Whether gemm_dot of this dtype takes a in the dtype itself (true) or in f32 (false). gemm_outer: always f32.
-    bool gemm_dot_native[3];
-    // As gemm_dot with a and b in f32, c in the dtype: the same sums, for a b that was converted because many rows use it.
-    void (*gemm_dot_converted[3])(const GemmBlock &);
+    // [dtype]: f32, f16, bf16 (FloatIndex)
+    DotKernel gemm_dot[3];
+    void (*gemm_outer[3])(const GemmBlock &); // a is f32, b and c the dtype; see gemm_kernels.h
 
     void (*rms_norm[3][3])(const NormRow &);     // [activation][weight]
     void (*add_rms_norm[3][3])(const NormRow &); // [activation][weight]

@@ -22,6 +22,8 @@ inline T maxOf(T a, T b) {
     return a < b ? b : a;
 }
 
+constexpr size_t STEP_MAX = 32; // no step of a kernel is longer, in elements
+
 template <size_t I>
 struct Index {
     static constexpr size_t value = I;
@@ -77,6 +79,12 @@ inline void vstore(BF16 *p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256
 inline __mmask16 firstLanes(size_t n) { return __mmask16((1u << n) - 1); }
 inline Vec vloadPart(const float *p, size_t n) { return _mm512_maskz_loadu_ps(firstLanes(n), p); }
 inline void vstorePart(float *p, Vec x, size_t n) { _mm512_mask_storeu_ps(p, firstLanes(n), x); }
+inline Vec vloadPart(const F16 *p, size_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(firstLanes(n), p)); }
+inline Vec vloadPart(const BF16 *p, size_t n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(firstLanes(n), p)), 16));
+}
+inline void vstorePart(F16 *p, Vec x, size_t n) { _mm256_mask_storeu_epi16(p, firstLanes(n), vpack(F16{}, x)); }
+inline void vstorePart(BF16 *p, Vec x, size_t n) { _mm256_mask_storeu_epi16(p, firstLanes(n), vpack(BF16{}, x)); }
 
 inline float vsum(Vec x) {
     // A fixed tree, so that every kernel adds the lanes in the same order.
@@ -84,6 +92,23 @@ inline float vsum(Vec x) {
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+// Lane j: vsum(x[j]), with exactly its additions, of LANES vectors.
+inline Vec vsumAll(const Vec *x) {
+    // 16 vectors become 8, 4, 2 and 1: each step adds the two halves of what two vectors have left.
+    Vec quarters[4]; // four sums of four lanes each: those of x[e], x[4 + e], x[8 + e], x[12 + e]
+    unrolled<4>([&](auto e) {
+        const Vec a = x[e.value], b = x[4 + e.value], c = x[8 + e.value], d = x[12 + e.value];
+        const Vec ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        const Vec cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+        quarters[e.value] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    });
+    const auto pairs = [](Vec a, Vec b) {
+        const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)), high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+        return _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    };
+    const Vec first = pairs(quarters[0], quarters[1]), second = pairs(quarters[2], quarters[3]);
+    return _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x88), _mm512_shuffle_ps(first, second, 0xdd));
 }
 
 #elif defined(__AVX2__)
@@ -198,6 +223,16 @@ inline float vsum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 #endif
 
 inline Vec vzero() { return vset(0.0f); }
+
+#if !defined(__AVX512F__)
+inline Vec vsumAll(const Vec *x) {
+    float sums[LANES];
+    for (size_t j = 0; j < LANES; ++j) {
+        sums[j] = vsum(x[j]);
+    }
+    return vload(sums);
+}
+#endif
 
 // The first n lanes, the others 0. n < LANES.
 template <class T>

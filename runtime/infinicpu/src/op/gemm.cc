@@ -36,14 +36,20 @@ infiniStatus_t readMatrix(const TensorDescriptor &tensor, Matrix *matrix) {
     return INFINI_STATUS_SUCCESS;
 }
 
-// Columns of a task are a multiple of every instruction set's tile width.
-constexpr size_t DOT_COLUMN_UNIT = 24;
 constexpr size_t OUTER_COLUMN_UNIT = 64;
 // A task's part of B stays in a second-level cache while all rows of A use it.
 constexpr size_t TASK_BYTES = 192 << 10;
-// From this many rows on, B's half-precision elements are converted once per task and not once per tile of rows.
-constexpr size_t CONVERT_ROWS = 12;
 constexpr size_t ROWS_UNIT = 12; // a multiple of every tile height
+// Few rows: B is read once, in runs long enough for memory, and short enough that all threads finish together.
+constexpr size_t STREAM_ROWS = 32;
+constexpr size_t STREAM_TASK_BYTES = 256 << 10;
+constexpr size_t STREAM_TASKS_PER_THREAD = 16;
+constexpr size_t STREAM_COLUMN_UNIT = 48; // a multiple of every tile width and vector
+constexpr size_t ALIGNMENT = 64;
+
+size_t roundUp(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
 
 struct GemmDescriptor final : InfiniopDescriptor {
     static constexpr const char *KIND = "gemm";
@@ -52,39 +58,30 @@ struct GemmDescriptor final : InfiniopDescriptor {
     Matrix a, b, c; // such that c.col_stride == 1: a column-major C is computed as its transpose
     bool swapped;   // ... and then the caller's a and b changed places
     size_t m, n, k, batch;
-    bool dot;    // the kernel family, see gemm_kernels.h
-    bool pack_a; // A goes through the workspace: converted to f32 and/or made contiguous along K
-    bool a_is_native;
+    bool dot;    // the kernel family: B is contiguous along K (gemm_dot.h), or along N (gemm_kernels.h)
+    bool pack_a; // A goes through the workspace: in tiles (dot), or converted to f32
+
+    const DotKernel &dotKernel() const { return kernels().gemm_dot[floatIndex(dtype)]; }
+    // One row of what the kernel reads is its own tile.
+    bool single() const { return m == 1 && dotKernel().a_size == sizeOf(dtype); }
+    // Bytes of one packed matrix A.
+    size_t packedBytes() const {
+        if (!dot) {
+            return m * k * sizeof(float);
+        }
+        const DotKernel &kernel = dotKernel();
+        return (single() ? 1 : roundUp(m, kernel.rows)) * roundUp(k, kernel.step) * kernel.a_size;
+    }
 };
 
-size_t roundUp(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
-
-template <class T>
-void packNative(const GemmDescriptor &d, const T *a, T *packed, size_t row) {
-    for (size_t p = 0; p < d.k; ++p) {
-        packed[row * d.k + p] = a[ptrdiff_t(row) * d.a.row_stride + ptrdiff_t(p) * d.a.col_stride];
-    }
-}
-
-// One row of A into the workspace, in the type that the kernel reads.
-infiniStatus_t packRow(const GemmDescriptor &d, const char *a, char *packed, size_t row) {
-    const size_t size = sizeOf(d.dtype);
-    if (d.a_is_native) {
-        if (size == 4) {
-            packNative(d, reinterpret_cast<const float *>(a), reinterpret_cast<float *>(packed), row);
-        } else {
-            packNative(d, reinterpret_cast<const uint16_t *>(a), reinterpret_cast<uint16_t *>(packed), row);
-        }
-        return INFINI_STATUS_SUCCESS;
-    }
+// One row of a half-precision A into the workspace as f32.
+void convertRow(const GemmDescriptor &d, const char *a, float *packed, size_t row) {
     const auto to_f32 = kernels().to_f32[floatIndex(d.dtype)];
-    float *out = reinterpret_cast<float *>(packed) + row * d.k;
-    const char *from = a + ptrdiff_t(row) * d.a.row_stride * ptrdiff_t(size);
+    float *out = packed + row * d.k;
+    const char *from = a + ptrdiff_t(row) * d.a.row_stride * ptrdiff_t(sizeOf(d.dtype));
     if (d.a.col_stride == 1) {
         to_f32(d.k, out, from);
-        return INFINI_STATUS_SUCCESS;
+        return;
     }
     constexpr size_t PIECE = 256;
     uint16_t gathered[PIECE];
@@ -95,8 +92,56 @@ infiniStatus_t packRow(const GemmDescriptor &d, const char *a, char *packed, siz
         }
         to_f32(count, out + p0, gathered);
     }
-    return INFINI_STATUS_SUCCESS;
 }
+
+// All of A into the workspace.
+void pack(const GemmDescriptor &d, const char *a, char *packed) {
+    const ptrdiff_t size = ptrdiff_t(sizeOf(d.dtype));
+    const DotKernel &kernel = d.dotKernel();
+    const size_t height = d.dot ? kernel.rows : 1;
+    const size_t tiles = (d.m + height - 1) / height;
+    const size_t tile_bytes = d.dot ? (d.single() ? 1 : height) * roundUp(d.k, kernel.step) * kernel.a_size : d.k * sizeof(float);
+    // About the time that it takes a thread to join.
+    const size_t grain = std::max<size_t>(1, (64 << 10) / std::max<size_t>(1, tile_bytes));
+    parallelFor(0, d.a.batch * tiles, grain, [&](size_t from, size_t to) {
+        for (size_t i = from; i < to; ++i) {
+            const char *matrix = a + ptrdiff_t(i / tiles) * d.a.batch_stride * size;
+            char *out = packed + i / tiles * d.packedBytes();
+            const size_t row = i % tiles * height;
+            if (d.dot) {
+                kernel.pack(matrix + ptrdiff_t(row) * d.a.row_stride * size, d.a.row_stride, d.a.col_stride, std::min(height, d.m - row), d.k, d.single(), out + i % tiles * tile_bytes);
+            } else {
+                convertRow(d, matrix, reinterpret_cast<float *>(out), row);
+            }
+        }
+    });
+}
+
+// How the result is cut into tasks: batch x row blocks x column blocks.
+struct Tasks {
+    size_t rows, row_blocks;
+    size_t columns, column_blocks;
+
+    Tasks(const GemmDescriptor &d, size_t threads) {
+        const size_t row_bytes = std::max<size_t>(1, d.k) * (d.dot ? sizeOf(d.dtype) : sizeof(float));
+        if (!d.dot) {
+            columns = std::max(OUTER_COLUMN_UNIT, TASK_BYTES / row_bytes / OUTER_COLUMN_UNIT * OUTER_COLUMN_UNIT);
+        } else if (d.m < STREAM_ROWS) {
+            const size_t share = d.n * row_bytes / (STREAM_TASKS_PER_THREAD * threads);
+            columns = roundUp(std::max<size_t>(1, std::min(STREAM_TASK_BYTES, share) / row_bytes), STREAM_COLUMN_UNIT);
+        } else {
+            columns = d.dotKernel().panel_columns(d.k);
+        }
+        column_blocks = (d.n + columns - 1) / columns;
+        // All rows in one block unless that leaves threads without work.
+        row_blocks = 1;
+        if (d.batch * column_blocks < 4 * threads) {
+            row_blocks = std::min((4 * threads + d.batch * column_blocks - 1) / (d.batch * column_blocks), (d.m + 3 * ROWS_UNIT - 1) / (3 * ROWS_UNIT));
+        }
+        rows = roundUp((d.m + row_blocks - 1) / row_blocks, ROWS_UNIT);
+        row_blocks = (d.m + rows - 1) / rows;
+    }
+};
 
 infiniStatus_t compute(const GemmDescriptor &d, char *workspace, char *c, const char *a, const char *b, float alpha, float beta) {
     if (d.m == 0 || d.n == 0 || d.batch == 0) {
@@ -104,45 +149,34 @@ infiniStatus_t compute(const GemmDescriptor &d, char *workspace, char *c, const 
     }
     const FloatIndex type = floatIndex(d.dtype);
     const ptrdiff_t size = ptrdiff_t(sizeOf(d.dtype));
-    const size_t a_size = d.a_is_native ? size_t(size) : sizeof(float);
+    char *packed = nullptr;
     if (d.pack_a) {
-        parallelFor(0, d.a.batch * d.m, 16, [&](size_t from, size_t to) {
-            for (size_t i = from; i < to; ++i) {
-                const size_t batch = i / d.m;
-                packRow(d, a + ptrdiff_t(batch) * d.a.batch_stride * size, workspace + batch * d.m * d.k * a_size, i % d.m);
-            }
-        });
+        packed = reinterpret_cast<char *>(roundUp(reinterpret_cast<size_t>(workspace), ALIGNMENT));
+        pack(d, a, packed);
     }
-
-    // Tasks: batch x row blocks x column blocks. All rows in one block unless that leaves threads without work.
-    const size_t unit = d.dot ? DOT_COLUMN_UNIT : OUTER_COLUMN_UNIT;
-    const size_t row_bytes = std::max<size_t>(1, d.k) * (d.dot ? a_size : sizeof(float));
-    const size_t columns = std::max(unit, TASK_BYTES / row_bytes / unit * unit);
-    const size_t column_blocks = (d.n + columns - 1) / columns;
     const size_t threads = ThreadPool::instance().numThreads();
-    size_t row_blocks = 1;
-    if (d.batch * column_blocks < 4 * threads) {
-        row_blocks = std::min((4 * threads + d.batch * column_blocks - 1) / (d.batch * column_blocks), (d.m + 3 * ROWS_UNIT - 1) / (3 * ROWS_UNIT));
-    }
-    const size_t rows = roundUp((d.m + row_blocks - 1) / row_blocks, ROWS_UNIT);
-    row_blocks = (d.m + rows - 1) / rows;
-
-    const bool convert_b = d.dot && !d.a_is_native && std::min(rows, d.m) >= CONVERT_ROWS;
-    const auto kernel = convert_b ? kernels().gemm_dot_converted[type] : (d.dot ? kernels().gemm_dot[type] : kernels().gemm_outer[type]);
+    const Tasks cut(d, threads);
+    const auto kernel = d.dot ? d.dotKernel().run : kernels().gemm_outer[type];
+    const size_t scratch_bytes = d.dot && std::min(cut.rows, d.m) > d.dotKernel().rows ? d.dotKernel().scratch_bytes(d.k) : 0;
     std::atomic<bool> out_of_memory{false};
 
     // Work too small to share would only wait for the other threads to wake up.
-    const size_t tasks = d.batch * row_blocks * column_blocks;
+    const size_t tasks = d.batch * cut.row_blocks * cut.column_blocks;
     const double work = 2.0 * double(d.m) * double(d.n) * double(d.k) * double(d.batch);
     const size_t grain = work < 1e5 ? tasks : 1;
     parallelFor(0, tasks, grain, [&](size_t from, size_t to) {
+        void *scratch = scratch_bytes != 0 ? threadScratch(scratch_bytes) : nullptr;
+        if (scratch_bytes != 0 && scratch == nullptr) {
+            out_of_memory.store(true, std::memory_order_relaxed);
+            return;
+        }
         for (size_t task = from; task < to; ++task) {
-            const size_t column_block = task % column_blocks;
-            const size_t row_block = task / column_blocks % row_blocks;
-            const size_t batch = task / column_blocks / row_blocks;
+            const size_t column_block = task % cut.column_blocks;
+            const size_t row_block = task / cut.column_blocks % cut.row_blocks;
+            const size_t batch = task / cut.column_blocks / cut.row_blocks;
             GemmBlock g{};
             if (d.pack_a) {
-                g.a = workspace + (d.a.batch == 1 ? 0 : batch) * d.m * d.k * a_size;
+                g.a = packed + (d.a.batch == 1 ? 0 : batch) * d.packedBytes();
                 g.a_row = ptrdiff_t(d.k);
                 g.a_col = 1;
             } else {
@@ -156,29 +190,17 @@ infiniStatus_t compute(const GemmDescriptor &d, char *workspace, char *c, const 
             g.c = c + ptrdiff_t(batch) * d.c.batch_stride * size;
             g.c_row = d.c.row_stride;
             g.c_col = d.c.col_stride;
-            g.m0 = row_block * rows;
-            g.m1 = std::min(d.m, g.m0 + rows);
-            g.n0 = column_block * columns;
-            g.n1 = std::min(d.n, g.n0 + columns);
+            g.m0 = row_block * cut.rows;
+            g.m1 = std::min(d.m, g.m0 + cut.rows);
+            g.n0 = column_block * cut.columns;
+            g.n1 = std::min(d.n, g.n0 + cut.columns);
             g.k = d.k;
             g.alpha = alpha;
             g.beta = beta;
-            if (convert_b) {
-                float *converted = static_cast<float *>(threadScratch((g.n1 - g.n0) * d.k * sizeof(float)));
-                if (converted == nullptr) {
-                    out_of_memory.store(true, std::memory_order_relaxed);
-                    return;
-                }
-                for (size_t column = g.n0; column < g.n1; ++column) {
-                    kernels().to_f32[type](d.k, converted + (column - g.n0) * d.k, static_cast<const char *>(g.b) + ptrdiff_t(column) * g.b_col * size);
-                }
-                // The block's columns start at 0 there.
-                g.b = converted;
-                g.b_col = ptrdiff_t(d.k);
-                g.c = static_cast<char *>(g.c) + ptrdiff_t(g.n0) * g.c_col * size;
-                g.n1 -= g.n0;
-                g.n0 = 0;
-            }
+            g.single = d.dot && d.single();
+            g.scratch = scratch;
+            // The threads take tasks in turn.
+            g.columns_ahead = threads * cut.columns;
             kernel(g);
         }
     });
@@ -213,9 +235,9 @@ infiniStatus_t infiniopCreateGemmDescriptor(infiniopHandle_t handle, infiniopGem
         d.n = d.c.cols;
         d.k = d.a.cols;
         d.dot = d.b.row_stride == 1;
-        d.a_is_native = d.dot ? kernels().gemm_dot_native[floatIndex(d.dtype)] : d.dtype == INFINI_DTYPE_F32;
-        d.pack_a = !d.a_is_native || (d.dot && d.a.col_stride != 1);
-        d.workspace_size = d.pack_a ? d.a.batch * d.m * d.k * (d.a_is_native ? sizeOf(d.dtype) : sizeof(float)) : 0;
+        const size_t element = sizeOf(d.dtype);
+        d.pack_a = d.dot ? !d.single() || d.a.col_stride != 1 : element != sizeof(float);
+        d.workspace_size = d.pack_a ? d.a.batch * d.packedBytes() + ALIGNMENT : 0;
         return INFINI_STATUS_SUCCESS;
     });
 }
