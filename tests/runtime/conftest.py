@@ -29,6 +29,7 @@ def fake_build(fake_library: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def no_infinicore(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake engine needs no InfiniCore."""
     monkeypatch.setattr(infinicore, "load", lambda manifest, **_: None)
+    monkeypatch.setattr(infinicore, "check_devices", lambda *_: None)
 
 
 @pytest.fixture
